@@ -56,6 +56,7 @@ class Purpose(IntEnum):
     INPAINTING_MASK = 16
     CAPTION = 17
     PROMPT = 18
+    EMBEDDING_DROP = 19
 
 
 def normal(

@@ -461,7 +461,7 @@ def _grid(device: torch.device) -> None:
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     with tempfile.TemporaryDirectory() as folder:
         data = replace(config.data, cache_dir=folder)
-        shown = training_run.with_low_resolution(denoiser, data, packed(folder), 4, device)
+        shown = training_run.with_inputs_of_data(denoiser, data, packed(folder), 4, device)
         SampleGridLogger(shown, plan, SHAPE, Workers(0, 1, device), folder, Notes()).log_grid(0)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpm_ray.assembly import networks, other_libraries, run_config
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.diffusion import denoiser
+from ddpm_ray.assembly.image_encoders import named_encoder
 from ddpm_ray.assembly.latents import bound_codec
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.assembly.run_config import saved_tokenizer
@@ -32,6 +33,7 @@ from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.contrastive import ContrastiveSpec
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.interop import autoencoder_kl, diffusers_folders
+from ddpm_ray.models.prior import PriorSpec
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.guidance_models import require_same_x_0
@@ -92,7 +94,14 @@ def trained_model(
         **run_config.run_history(facts),
     }
     return TrainedModel(
-        denoiser(config, network.to(device).eval().requires_grad_(False), device, codec, tokenizer),
+        denoiser(
+            config,
+            network.to(device).eval().requires_grad_(False),
+            device,
+            codec,
+            tokenizer,
+            named_encoder(config, facts, device, where),
+        ),
         image_shape,
         provenance,
         device=device,
@@ -109,6 +118,8 @@ def require_denoiser(config: RunConfig, url: str) -> None:
     use = "use it as guidance.classifier"
     if config.traits.embeds:
         use = "load it with ddpm_ray.load_encoders, or score it (`ddpm-ray evaluate`)"
+    if config.traits.draws_embeddings:
+        use = "draw its embeddings by a cascade with a decoder (`ddpm-ray cascade`)"
     if config.traits.reconstructs:
         use = (
             "train a denoiser on the latents that it encodes (`ddpm-ray encode`), or score it "
@@ -124,7 +135,7 @@ class TrainedWeights(NamedTuple):
     step: int
     sha256: str  # as in the provenance of `trained_model`
     tensors: dict[str, Tensor]  # by their names in our networks
-    spec: UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec  # of the network
+    spec: UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec | PriorSpec  # of the network
     task: Task = "denoiser"
     objective: ObjectiveConfig | None = None  # of a denoiser; of diffusers: as its scheduler says
     codec: CodecName = "pixels"  # what it was trained on

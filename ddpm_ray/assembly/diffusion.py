@@ -21,7 +21,7 @@ from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_sampling import Distribution
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.sampling.conditioning import ConditioningSpec
+from ddpm_ray.sampling.conditioning import ConditioningSpec, ImageEncoder
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import sampling_plan as sampling_plan
 from ddpm_ray.training.bf16_weights import Bf16Weights
@@ -80,25 +80,31 @@ def denoiser(
     device: torch.device | str,
     codec: Codec,
     tokenizer: Tokenizer | None = None,
+    image_encoder: ImageEncoder | None = None,
 ) -> Denoiser:
     """The denoiser of `network`, which must be on `device` and diffuses what `codec` encodes."""
     return Denoiser(
         network,
         model_parameterization(config.objective, noise_schedule(config.schedule).to(device)),
         config.objective.variance,
-        conditioning_spec(config, tokenizer),
+        conditioning_spec(config, tokenizer, image_encoder),
         codec=codec,
     )
 
 
-def conditioning_spec(config: RunConfig, tokenizer: Tokenizer | None = None) -> ConditioningSpec:
-    """The conditioning that the network takes; `tokenizer` is that of its texts."""
+def conditioning_spec(
+    config: RunConfig,
+    tokenizer: Tokenizer | None = None,
+    image_encoder: ImageEncoder | None = None,
+) -> ConditioningSpec:
+    """The conditioning that the network takes, with the encoders of its texts and images."""
     return ConditioningSpec(
         config.model.num_classes,
         config.objective.self_conditioning,
         config.objective.low_resolution_pixels,
         config.objective.inpainting_masks,
         tokenizer,
+        image_encoder,
     )
 
 
@@ -126,12 +132,17 @@ def gradient_settings(config: TrainingConfig, state: TrainingState) -> GradientS
     )
 
 
-def objective(config: RunConfig, state: TrainingState, device: torch.device) -> Objective:
-    """The training objective of `state`'s network."""
+def objective(
+    config: RunConfig,
+    state: TrainingState,
+    device: torch.device,
+    image_encoder: ImageEncoder | None = None,
+) -> Objective:
+    """The training objective of `state`'s network, which is given embeddings of `image_encoder`."""
     wanted = config.objective
     parameterization = model_parameterization(wanted, noise_schedule(config.schedule).to(device))
     return Objective(
-        noising_recipe(config, parameterization, state),
+        noising_recipe(config, parameterization, state, image_encoder),
         parameterization,
         loss=wanted.loss,
         variance=wanted.variance,
@@ -152,17 +163,21 @@ def uncertainty(network: nn.Module) -> nn.Module:
 
 
 def noising_recipe(
-    config: RunConfig, parameterization: Parameterization, state: TrainingState
+    config: RunConfig,
+    parameterization: Parameterization,
+    state: TrainingState,
+    image_encoder: ImageEncoder | None = None,
 ) -> NoisingRecipe:
     """The recipe that makes noisy training batches from images; `state` names their codec."""
     wanted = config.objective
     return NoisingRecipe(
         config.seed,
         choice_of_steps(config, parameterization.schedule, state),
-        conditioning_spec(config, saved_tokenizer(state.facts)),
+        conditioning_spec(config, saved_tokenizer(state.facts), image_encoder),
         flip=config.data.flip,
         memory_format=memory_format(config.training),
         label_dropout=0.0 if config.traits.predicts_labels else wanted.label_dropout,
+        embedding_dropout=config.embedding_dropout,
         offset_noise=wanted.offset_noise,
         input_perturbation=wanted.input_perturbation,
         low_resolution_noise=wanted.low_resolution_noise,

@@ -59,6 +59,8 @@ def edited(
             return model.image_to_image(images, config.strength), {}
         case "enlarge":
             return model.enlarge(images), {}
+        case "variations":
+            return model.variations(image[None], per_image=config.num_images), {}
         case "text_diff":
             texts, iterations = (config.from_text, config.to_text), config.iterations
             return model.text_diff(images, *texts, iterations=iterations), {}
@@ -79,7 +81,7 @@ def edited(
 
 def _edited_shape(config: EditConfig, model: TrainedModel, given: ImageShape) -> ImageShape:
     """Shape of the edited images of an image of the shape `given`."""
-    if config.kind == "enlarge":
+    if config.kind in ("enlarge", "variations"):
         return model.image_shape
     height = config.top + given.height + config.bottom
     return ImageShape(height, config.left + given.width + config.right, given.channels)

@@ -17,16 +17,18 @@ from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.autoencoder import AutoencoderSpec
 from ddpm_ray.models.contrastive import ContrastiveSpec
 from ddpm_ray.models.dit import DiTSpec
+from ddpm_ray.models.prior import PriorSpec
 from ddpm_ray.models.unet_spec import UNetSpec
 
-NetworkSpec: TypeAlias = UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec
+NetworkSpec: TypeAlias = UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec | PriorSpec
 NAMES = {
     UNetSpec: "a U-Net",
     DiTSpec: "a DiT",
     AutoencoderSpec: "an autoencoder",
     ContrastiveSpec: "a contrastive model",
+    PriorSpec: "a prior",
 }
-WITHOUT_NOISE = AutoencoderSpec | ContrastiveSpec
+WITHOUT_IMAGES = AutoencoderSpec | ContrastiveSpec | PriorSpec  # as inputs beside x_t
 CLASSIFIER = "a classifier"
 CONDITIONS = ("self_conditioning", "low_resolution_pixels", "inpainting_masks")  # of an objective
 
@@ -79,7 +81,7 @@ def learned_anew(found: TrainedWeights, config: RunConfig, codec: Codec) -> Iter
             f"was trained on latents of the autoencoder of sha256 {found.autoencoder_sha256[:12]}, "
             f"and this run is on those of {sha256[:12]}, which it has to learn"
         )
-    if isinstance(found.spec, WITHOUT_NOISE) or _skips_inputs(found.spec, config):
+    if isinstance(found.spec, WITHOUT_IMAGES) or _skips_inputs(found.spec, config):
         return
     given = _conditions(config.objective)
     if found.spec.condition_channels and given and not _conditions(found.objective):
@@ -119,7 +121,7 @@ def _other_inputs(
 
     None if the first layer, which reads the inputs, is not taken.
     """
-    if isinstance(spec, WITHOUT_NOISE) or isinstance(found.spec, WITHOUT_NOISE):
+    if isinstance(spec, WITHOUT_IMAGES) or isinstance(found.spec, WITHOUT_IMAGES):
         return
     if _skips_inputs(spec, config):
         return
@@ -154,5 +156,7 @@ def _hidden_options(spec: NetworkSpec) -> dict[str, float]:
             return {"model.heads": spec.heads, "model.mlp_norm_eps": spec.mlp_norm_eps}
         case AutoencoderSpec():
             return {"autoencoder.groups": spec.groups}
+        case PriorSpec():
+            return {"prior.heads": spec.heads, "text.heads": spec.text.heads}
         case ContrastiveSpec():
             return {"contrastive.groups": spec.groups, "text.heads": spec.text.heads}

@@ -13,6 +13,7 @@ from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.contrastive import ContrastiveEncoders, ContrastiveSpec
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.layers import HO, Variant
+from ddpm_ray.models.prior import Prior, PriorSpec
 from ddpm_ray.models.text_encoder import TextEncoderSpec
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec, require_divisible
@@ -25,7 +26,7 @@ def network(
     tokenizer: Tokenizer | None = None,
     *,
     gradient_checkpointing: bool = False,
-) -> UNet | DiT | NoisyClassifier | Autoencoder | ContrastiveEncoders:
+) -> UNet | DiT | NoisyClassifier | Autoencoder | ContrastiveEncoders | Prior:
     """The network for images [H, W, C]; raises ValueError if H and W do not fit it.
 
     `tokenizer` is that of its texts.
@@ -38,6 +39,8 @@ def network(
         case "contrastive":
             require_divisible(image_shape[:2], len(config.contrastive.channel_mults))
             return ContrastiveEncoders(contrastive_spec(config, image_shape.channels, tokenizer))
+        case "prior":
+            return Prior(prior_spec(config, image_shape.channels, tokenizer))
         case "classifier":  # the config has no other network than a U-Net
             return NoisyClassifier(unet_spec(config, image_shape, variant), image_shape[:2])
         case "denoiser":
@@ -64,7 +67,7 @@ def network_spec(
     image_shape: ImageShape,
     variant: Variant = HO,
     tokenizer: Tokenizer | None = None,
-) -> UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec:
+) -> UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec | PriorSpec:
     """The spec of the network for images [H, W, C]; for a classifier, that of its U-Net.
 
     Raises ValueError as `unet_spec` does.
@@ -73,7 +76,15 @@ def network_spec(
         return autoencoder_spec(config, image_shape.channels)
     if config.architecture == "contrastive":
         return contrastive_spec(config, image_shape.channels, tokenizer)
+    if config.architecture == "prior":
+        return prior_spec(config, image_shape.channels, tokenizer)
     return denoiser_spec(config, image_shape, variant, tokenizer)
+
+
+def prior_spec(config: RunConfig, embedding_width: int, tokenizer: Tokenizer | None) -> PriorSpec:
+    """The spec of a prior of embeddings of that width."""
+    wanted, text = config.prior, text_encoder_spec(config.text, tokenizer)
+    return PriorSpec(embedding_width, text, wanted.width, wanted.depth, wanted.heads)
 
 
 def denoiser_spec(
@@ -83,9 +94,11 @@ def denoiser_spec(
     text = text_encoder_spec(config.text, tokenizer) if config.takes_text else None
     match config.model.network:
         case "unet":
-            return replace(unet_spec(config, image_shape, variant), text=text)
+            unet = unet_spec(config, image_shape, variant)
+            return replace(unet, text=text, embedding_width=config.embedding.width)
         case "dit":
-            return replace(dit_spec(config, image_shape), text=text)
+            dit = dit_spec(config, image_shape)
+            return replace(dit, text=text, embedding_width=config.embedding.width)
         case never:
             assert_never(never)
 

@@ -13,6 +13,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.models.contrastive import ContrastiveEncoders
+from ddpm_ray.models.prior import Prior
 from ddpm_ray.training.step_clock import StepClock
 from ddpm_ray.training.throughput import DeviceUse, peak_tflops
 
@@ -43,7 +44,7 @@ def _forward(config: RunConfig, model: nn.Module, x: Tensor) -> None:
         model.decode(model.encode(x).mean)
     elif isinstance(model, ContrastiveEncoders):
         model(x, model.text.null_tokens[None])
-    elif config.traits.predicts_labels:
+    elif isinstance(model, Prior) or config.traits.predicts_labels:
         model(x, torch.ones(1, dtype=torch.int64))
     else:
         takes = conditioning_spec(config)

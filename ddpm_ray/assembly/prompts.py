@@ -20,9 +20,13 @@ def with_prompts(
     """`plan` with the prompts of its first `count` samples, for a model that takes text.
 
     A plan with prompts keeps them. Else the prompt of sample i is a caption of `dataset` that is
-    drawn by (seed, i); a data set without captions gives none.
+    drawn by (seed, i); a data set without captions gives none. A model that is given the embeddings
+    of images has no text then: the captions are those of other images.
     """
-    if denoiser.takes.tokenizer is None or plan.settings.prompts or not dataset.manifest.captioned:
+    takes = denoiser.takes
+    if takes.tokenizer is None or takes.image_encoder or plan.settings.prompts:
+        return plan
+    if not dataset.manifest.captioned:
         return plan
     prompts = prompts_of_data(dataset, count, plan.settings.seed)
     return replace(plan, settings=replace(plan.settings, prompts=tuple(prompts)))

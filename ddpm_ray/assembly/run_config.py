@@ -8,7 +8,7 @@ from ddpm_ray.assembly import data_order
 from ddpm_ray.config.changes import change_problems
 from ddpm_ray.config.loading import defining, from_dict
 from ddpm_ray.config.option_fields import shown
-from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.run import OF_TASKS, RunConfig
 from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.embedding_codec import EmbeddingCodec
 from ddpm_ray.data.image_shape import ImageShape
@@ -97,10 +97,10 @@ def saved_variant(facts: Mapping[str, Any], where: str = "") -> Variant:
 def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:
     """`config` with attention by downsampling factor, for images [H, W, C].
 
-    The config of a task without noise is returned unchanged. Raises ValueError for a resolution in
-    pixels that no level has.
+    The config of a task that does not use `model` is returned unchanged. Raises ValueError for a
+    resolution in pixels that no level has.
     """
-    if not config.traits.has_noise:
+    if config.task not in OF_TASKS["model"]:
         return config
     model = config.model.for_images(image_shape.height, image_shape.width)
     return replace(config, model=model)

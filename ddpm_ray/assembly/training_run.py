@@ -14,6 +14,7 @@ from ddpm_ray.assembly.autoencoder import adversary, autoencoder_objective, auto
 from ddpm_ray.assembly.compilation import require_bf16
 from ddpm_ray.assembly.contrastive import contrastive_objective
 from ddpm_ray.assembly.diffusion import memory_format
+from ddpm_ray.assembly.image_encoders import named_encoder
 from ddpm_ray.assembly.networks import network
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.data import DataConfig
@@ -91,7 +92,9 @@ def training_objective(
         return autoencoder_objective(config, state, device, cache)
     if config.traits.embeds:
         return contrastive_objective(config, state)
-    return diffusion.objective(config, state, device)
+    named = named_encoder(config, state.facts, device)
+    # Loaded here, since a compiled step cannot load it.
+    return diffusion.objective(config, state, device, named.encoders if named else None)
 
 
 def step_log(
@@ -211,16 +214,16 @@ def validator(
     )
 
 
-def with_low_resolution(
+def with_inputs_of_data(
     denoiser: Denoiser, config: DataConfig, dataset: Dataset, count: int, device: torch.device
 ) -> Denoiser:
-    """`denoiser`; for super-resolution with low-resolution inputs from the data set."""
-    if not denoiser.takes.low_resolution_pixels:
+    """`denoiser` with low-resolution images or embeddings of `count` images, if it takes any."""
+    if not (denoiser.takes.low_resolution_pixels or denoiser.takes.image_encoder):
         return denoiser
     samples = fixed_images(config, dataset, range(count), count)
     x_0 = denoiser.codec.encode(samples.images.to(device))
-    shown = denoiser.takes.of_data(x_0, samples.labels.to(device))
-    return replace(denoiser, low_resolution_images=shown.low_resolution)
+    shown = replace(denoiser.takes, tokenizer=None).of_data(x_0, samples.labels.to(device))
+    return replace(denoiser, low_resolution_images=shown.low_resolution, embeddings=shown.embedding)
 
 
 def fixed_images(

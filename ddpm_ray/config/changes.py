@@ -10,6 +10,7 @@ FIXED = {  # reason why a key that defines a run may not change, by the start of
     "data.": "the images of each step depend on it",
     "schedule.": "the network has learned the noise levels of this schedule",
     "objective.": "the network has learned this objective, and losses could not be compared",
+    "embedding.": "the network has learned from embeddings of this width, left out this often",
     "autoencoder.": "an autoencoder is one network, trained on one loss",
     "contrastive.": "the encoders have learned this loss, and the checkpoints have these shapes",
     "training.global_batch_size": "the order of the images is counted in batches of this size",

@@ -14,10 +14,12 @@ from ddpm_ray.config.changes import change_problems
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.contrastive import ContrastiveConfig
 from ddpm_ray.config.data import DataConfig
+from ddpm_ray.config.embedding import EmbeddingConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.model import ModelConfig, NetworkKind
 from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.option_fields import option, shown, walk
+from ddpm_ray.config.prior import PriorConfig
 from ddpm_ray.config.reading.former_keys import Former
 from ddpm_ray.config.sampling import SampledModel, SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
@@ -27,15 +29,17 @@ from ddpm_ray.config.tracking import TrackingConfig
 from ddpm_ray.config.training import TrainingConfig
 
 OF_TASKS: Mapping[str, Sequence[Task]] = {  # groups that not all tasks use
-    "schedule": ("denoiser", "classifier"),
-    "objective": ("denoiser", "classifier"),
+    "schedule": ("denoiser", "classifier", "prior"),
+    "objective": ("denoiser", "classifier", "prior"),
     "model": ("denoiser", "classifier"),
-    "text": ("denoiser", "classifier", "contrastive"),  # `_classifier_problems` refuses it
+    "text": ("denoiser", "classifier", "contrastive", "prior"),  # `_classifier_problems` refuses it
+    "embedding": ("denoiser",),
     "autoencoder": ("autoencoder",),
     "contrastive": ("contrastive",),
-    "sampling": ("denoiser", "classifier"),
+    "prior": ("prior",),
+    "sampling": ("denoiser", "classifier", "prior"),
 }
-Architecture: TypeAlias = NetworkKind | Literal["autoencoder", "contrastive"]
+Architecture: TypeAlias = NetworkKind | Literal["autoencoder", "contrastive", "prior"]
 SHARED = ("sampling.batch_size",)  # also the batch of grids and scores of the other tasks
 
 
@@ -50,7 +54,8 @@ class RunConfig:
     task: Task = option(
         "denoiser",
         "what is trained: a denoiser, a classifier of noisy images for guidance, an autoencoder; "
-        "contrastive: an image and a text encoder with embeddings in one space",
+        "contrastive: an image and a text encoder with embeddings in one space; prior: a denoiser "
+        "of image embeddings, given a text",
         defines_run=True,
         formerly=Former("model.kind", {"unet": "denoiser"}),
     )
@@ -65,8 +70,10 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -82,7 +89,7 @@ class RunConfig:
     def architecture(self) -> Architecture:
         """The kind of network; a classifier's is half of a U-Net."""
         match self.task:
-            case "autoencoder" | "contrastive":
+            case "autoencoder" | "contrastive" | "prior":
                 return self.task
             case _:
                 return self.model.network
@@ -91,19 +98,26 @@ class RunConfig:
     def sampled_model(self) -> SampledModel:
         """The facts of the trained model that sampling settings depend on."""
         objective = self.objective
-        learns, drops = objective.variance != "fixed", objective.label_dropout > 0
+        learns = objective.variance != "fixed"
+        drops = max(objective.label_dropout, self.embedding_dropout) > 0
         return SampledModel(
             self.schedule.num_steps,
             self.model.num_classes,
             drops,
             learns,
             takes_text=self.takes_text,
+            takes_embedding=bool(self.embedding.encoder),
         )
 
     @property
     def takes_text(self) -> bool:
         """Whether the network is given texts."""
         return self.text.encoder != "none"
+
+    @property
+    def embedding_dropout(self) -> float:
+        """Fraction of images trained without their embedding; 0 for a network without it."""
+        return self.embedding.dropout if self.embedding.encoder else 0.0
 
     @property
     def spare_processes(self) -> int:
@@ -131,8 +145,10 @@ class RunConfig:
         yield from self.objective.problems(self.schedule)
         yield from self.model.problems()
         yield from self.text.problems()
+        yield from self.embedding.problems()
         yield from self.autoencoder.problems()
         yield from self.contrastive.problems()
+        yield from self.prior.problems()
         yield from self.training.problems()
         yield from self.sampling.problems("sampling", self.sampled_model)
         yield from self.evaluation.problems()
@@ -166,12 +182,14 @@ class RunConfig:
         traits = self.traits
         if traits.predicts_labels:
             yield from self._classifier_problems()
-        if traits.embeds and not self.takes_text:
+        if (traits.embeds or traits.draws_embeddings) and not self.takes_text:
             yield (
-                f"text.encoder is none; {traits.name} embeds the captions of its images: set "
+                f"text.encoder is none; {traits.name} reads the captions of its images: set "
                 f"text.encoder=transformer"
             )
-        if not traits.has_noise and self.training.gradient_checkpointing:
+        if traits.draws_embeddings:
+            yield from self._prior_problems()
+        if self.task not in OF_TASKS["model"] and self.training.gradient_checkpointing:
             yield (
                 f"training.gradient_checkpointing is true, which {traits.name} does not have: use "
                 "training.micro_batch_size to save memory"
@@ -196,12 +214,32 @@ class RunConfig:
             (
                 "evaluation.validation_every_steps",
                 self.evaluation.validation_every_steps,
-                traits.draws_images,
+                traits.draws_images or traits.draws_embeddings,
             ),
             ("training.grid_every_steps", self.training.grid_every_steps, pictures),
         ):
             if value and not fits:
                 yield f"{key} is {value}; {traits.name} draws no images: set it to 0"
+
+    def _prior_problems(self) -> Iterator[str]:
+        """Yield a line for each option of the objective that only images have."""
+        wanted = self.objective
+        for key in ("self_conditioning", "low_resolution_pixels", "inpainting_masks"):
+            if value := getattr(wanted, key):
+                yield (
+                    f"objective.{key} is {shown(value)}; {self.traits.name} sees no image: leave "
+                    f"it out"
+                )
+        if wanted.weighting == "uncertainty":
+            yield (
+                f"objective.weighting is uncertainty; {self.traits.name} learns no loss: choose "
+                f"another"
+            )
+        if wanted.variance != "fixed":
+            yield (
+                f"objective.variance is {wanted.variance}; {self.traits.name} predicts no "
+                f"variance: use objective.variance=fixed"
+            )
 
     def _classifier_problems(self) -> Iterator[str]:
         if self.model.network != "unet":

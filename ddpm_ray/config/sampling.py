@@ -133,7 +133,8 @@ class SamplingSettings:
 
     def _unsupported(self, at: str, model: "SampledModel") -> Iterator[str]:
         """Yield a line for labels, guidance, variance and clip that `model` does not support."""
-        classes, conditional = model.num_classes, model.num_classes or model.takes_text
+        classes = model.num_classes
+        conditional = classes or model.takes_text or model.takes_embedding
         if not model.takes_text and (self.prompts or self.negative_prompt):
             key = "prompts" if self.prompts else "negative_prompt"
             yield (
@@ -241,3 +242,4 @@ class SampledModel:
     guidance_classes: int = 0  # number of labels that it knows; 0: unknown, and not checked
     has_range: bool = True  # diffuses pixels, in [-1, 1], not latents
     takes_text: bool = False
+    takes_embedding: bool = False  # of an image

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Task: TypeAlias = Literal["denoiser", "classifier", "autoencoder", "contrastive"]
+Task: TypeAlias = Literal["denoiser", "classifier", "autoencoder", "contrastive", "prior"]
 
 
 @dataclass(frozen=True)
@@ -29,4 +29,5 @@ TRAITS: Mapping[Task, TaskTraits] = {
     "classifier": TaskTraits(predicts_labels=True, name="a classifier"),
     "autoencoder": TaskTraits(reconstructs=True, name="an autoencoder"),
     "contrastive": TaskTraits(embeds=True, name="a contrastive model"),
+    "prior": TaskTraits(draws_embeddings=True, name="a prior"),
 }

@@ -17,9 +17,10 @@ NO_TEXT = -1  # each token of an image without a text
 class Conditioning:
     """Inputs of a network in addition to (x_t, t), one row per image; None: not given.
 
-    `null` and `drop` remove what classifier-free guidance amplifies: labels and texts. The images
-    stay: without them the network would solve another task. Raises ValueError if the inputs are for
-    different numbers of images. An encoded text cannot be removed: encode after `null` and `drop`.
+    `null` removes what classifier-free guidance amplifies: labels, texts and image embeddings. The
+    images stay: without them the network would solve another task. Raises ValueError if the inputs
+    are for different numbers of images. An encoded text cannot be removed: encode after `null` and
+    `drop`.
     """
 
     labels: Tensor | None = None  # int64 [B], NO_LABEL for an image without one
@@ -29,6 +30,7 @@ class Conditioning:
     tokens: Tensor | None = None  # int64 [B, L], of texts; a row of NO_TEXT: none
     text_states: Tensor | None = None  # [B, L, W], the encoded tokens, in place of these
     text_pooled: Tensor | None = None  # [B, W], likewise
+    embedding: Tensor | None = None  # [B, D], of an image, of length 1; a row of zeros: none
 
     def __post_init__(self) -> None:
         counts = {name: len(tensor) for name, tensor in self._given().items()}
@@ -48,16 +50,23 @@ class Conditioning:
         return [image for image in images if image is not None]
 
     def null(self) -> Conditioning:
-        """The same images without labels and texts: the input of the unconditional prediction."""
-        return self._replaced(torch.full_like)
+        """Remove labels, texts and embeddings: the input of the unconditional prediction."""
+        embedding = None if self.embedding is None else torch.zeros_like(self.embedding)
+        return replace(self._replaced(torch.full_like), embedding=embedding)
 
     def drop(self, chosen: Tensor) -> Conditioning:
-        """Return `null` where `chosen` [B] is True; the other images keep labels and texts."""
+        """Remove labels and texts where `chosen` [B] is True; the other images keep them."""
 
         def dropped(given: Tensor, none: int) -> Tensor:
             return torch.where(chosen.view(-1, *[1] * (given.ndim - 1)), none, given)
 
         return self._replaced(dropped)
+
+    def drop_embedding(self, chosen: Tensor) -> Conditioning:
+        """Remove the image embedding where `chosen` [B] is True."""
+        if self.embedding is None:
+            return self
+        return replace(self, embedding=self.embedding.masked_fill(chosen[:, None], 0.0))
 
     def concat(self, other: Conditioning) -> Conditioning:
         """The conditioning of this batch followed by `other`.

@@ -150,17 +150,20 @@ def _require_comparable(reference: Reference, net: FeatureNet, image_shape: Imag
 
 
 def _cycle(samples: SampleSet) -> int:
-    """Period, in samples, of the conditioning inputs (labels, prompts, low-resolution images)."""
+    """Period, in samples, of the conditioning inputs: labels, prompts, images or embeddings."""
     denoiser = samples.denoiser
     labels = len(samples.plan.labels) or denoiser.takes.num_classes or 1
     prompts = len(samples.plan.settings.prompts) or 1
     if prompts < samples.num_images:  # as many prompts as samples are drawn at random
         labels = math.lcm(labels, prompts)
-    return (
-        labels
-        if denoiser.low_resolution_images is None
-        else math.lcm(labels, len(denoiser.low_resolution_images))
-    )
+    for inputs in (denoiser.low_resolution_images, denoiser.embeddings):
+        labels = labels if inputs is None else math.lcm(labels, len(inputs))
+    return labels
+
+
+def _embedding_facts(denoiser: Denoiser) -> dict[str, Any]:
+    """The number of image embeddings that samples have in turn; nothing for other models."""
+    return {} if denoiser.embeddings is None else {"embeddings": len(denoiser.embeddings)}
 
 
 def _provenance(samples: SampleSet, net: FeatureNet, reference: Reference) -> dict[str, Any]:
@@ -184,6 +187,7 @@ def _provenance(samples: SampleSet, net: FeatureNet, reference: Reference) -> di
             "labels": list(plan.labels),
             "guidance": plan.guidance.facts(),
             **_prompt_facts(plan, num_images),
+            **_embedding_facts(denoiser),
             "rounding": denoiser.codec.rounding,
         },
         "features": net.facts,

@@ -1,4 +1,4 @@
-"""Conditioning as inputs of a network: labels and texts as vectors, images as channels."""
+"""Conditioning as inputs of a network: images as channels, everything else as vectors."""
 
 from collections.abc import Sequence
 
@@ -7,26 +7,78 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.models.layers import zero_init
 from ddpm_ray.models.text_encoder import TextInput
 
+CONTEXT_VECTORS = 4  # of an image embedding, beside those of a text (DALL-E 2)
 
-def text_inputs(
-    text: TextInput | None, labels: nn.Embedding | None, conditioning: Conditioning, t: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the vectors of the texts [B, L, W], and what is added to the embedding of t [B, E].
 
-    Each is None where the network has no such input. Raises ValueError for labels or texts that the
-    network does not take.
+class EmbeddingInput(nn.Module):
+    """An image embedding as an input: added to the embedding of t, and as vectors to attend to.
+
+    (Ramesh et al. 2022, "DALL-E 2", arXiv:2204.06125, section 2.1.) The first projection is 0 at
+    first, so that a network that was trained without embeddings can continue with them. Without a
+    `text_width` there are no vectors. A row of zeros, which no image has, stands for none.
     """
-    added = label_embedding(labels, conditioning.labels, t)
-    if text is None:
-        if conditioning.tokens is not None or conditioning.text_states is not None:
+
+    def __init__(self, width: int, embedding_width: int, text_width: int | None) -> None:
+        super().__init__()
+        self.width = width
+        self.added = nn.Linear(width, embedding_width)
+        zero_init(self.added)
+        self.context: nn.Linear | None = None
+        if text_width is not None:
+            self.context = nn.Linear(width, CONTEXT_VECTORS * text_width)
+
+    def forward(self, embedding: Tensor | None, batch_size: int) -> tuple[Tensor | None, Tensor]:
+        """The vectors [B, 4, W], if any, and the projection [B, E] of embeddings [B, D].
+
+        None stands for rows of zeros. Raises ValueError for another width.
+        """
+        if embedding is None:
+            embedding = self.added.weight.new_zeros(batch_size, self.width)
+        if embedding.shape[1:] != (self.width,):
             raise ValueError(
-                "a text is given, but the network takes none; build it with text, or leave it out"
+                f"image embeddings are {list(embedding.shape)}; this network takes "
+                f"[B, {self.width}]"
             )
-        return None, added
-    states, pooled = text(conditioning, len(t))
-    return states, pooled if added is None else pooled + added
+        scaled = embedding.to(self.added.weight.dtype) * self.width**0.5  # a mean square of 1
+        context = self.context
+        vectors = None if context is None else context(scaled).unflatten(1, (CONTEXT_VECTORS, -1))
+        return vectors, self.added(scaled)
+
+
+def vector_inputs(
+    text: TextInput | None,
+    labels: nn.Embedding | None,
+    embeddings: EmbeddingInput | None,
+    conditioning: Conditioning,
+    t: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the vectors to attend to [B, L, W], and what is added to the embedding of t [B, E].
+
+    The vectors are those of the texts, then those of the image embeddings. Each is None where the
+    network has no such input. Raises ValueError for inputs that the network does not take.
+    """
+    states, added = None, label_embedding(labels, conditioning.labels, t)
+    if text is not None:
+        states, pooled = text(conditioning, len(t))
+        added = pooled if added is None else pooled + added
+    elif conditioning.tokens is not None or conditioning.text_states is not None:
+        raise ValueError(
+            "a text is given, but the network takes none; build it with text, or leave it out"
+        )
+    if embeddings is not None:
+        vectors, projected = embeddings(conditioning.embedding, len(t))
+        added = projected if added is None else projected + added
+        if states is not None:
+            states = torch.cat([states, vectors.to(states)], dim=1)
+    elif conditioning.embedding is not None:
+        raise ValueError(
+            "an image embedding is given, but the network takes none; build it with "
+            "embedding_width, or leave it out"
+        )
+    return states, added
 
 
 def label_embedding(table: nn.Embedding | None, labels: Tensor | None, t: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning
-from ddpm_ray.models.conditioning_inputs import text_inputs, with_images
+from ddpm_ray.models.conditioning_inputs import EmbeddingInput, vector_inputs, with_images
 from ddpm_ray.models.cross_attention import TokenTextAttention
 from ddpm_ray.models.layers import (
     TimeEmbedding,
@@ -53,6 +53,7 @@ class DiTSpec:
     learns_variance: bool = False
     mlp_norm_eps: float = NORM_EPS  # of the norm before each MLP; 1e-5 in weights of diffusers
     text: TextEncoderSpec | None = None  # None: no text
+    embedding_width: int = 0  # of image embeddings; 0: none
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -97,11 +98,12 @@ class DiTSpec:
 class DiT(nn.Module):
     """A denoiser: x_t [B, C, H, W], t [B] int64 in 1..T -> predicted noise [B, C, H, W].
 
-    Takes labels, texts, conditioning images, `learns_variance` and `learns_uncertainty` as `UNet`
-    does. Before training the output is exactly 0 and each block is the identity. Dropout draws from
-    torch's default generator, after each self-attention and in each MLP, where diffusers has it;
-    the paper uses none. `gradient_checkpointing` stores only each block's input and recomputes the
-    block in the backward pass. Raises ValueError for an inconsistent spec.
+    Takes labels, texts, image embeddings, conditioning images, `learns_variance` and
+    `learns_uncertainty` as `UNet` does. Before training the output is exactly 0 and each block is
+    the identity. Dropout draws from torch's default generator, after each self-attention and in
+    each MLP, where diffusers has it; the paper uses none. `gradient_checkpointing` stores only each
+    block's input and recomputes the block in the backward pass. Raises ValueError for an
+    inconsistent spec.
     """
 
     positions: Tensor  # [N, D], not trained
@@ -125,6 +127,10 @@ class DiT(nn.Module):
         self.out = nn.Linear(width, patch**2 * spec.channels_out)
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.text = TextInput(spec.text, width) if spec.text else None
+        self.embedding: EmbeddingInput | None = None
+        if spec.embedding_width:
+            text_width = spec.text.width if spec.text else None
+            self.embedding = EmbeddingInput(spec.embedding_width, width, text_width)
         self.uncertainty = LogVariance() if learns_uncertainty else None
         # Not in the state_dict: it is a function of the spec.
         self.register_buffer("positions", position_embedding(spec.grid, width), persistent=False)
@@ -143,7 +149,7 @@ class DiT(nn.Module):
         """
         spec = self.spec
         spec.require_size(x_t.shape[-2:])
-        text, added = text_inputs(self.text, self.label, conditioning, t)
+        text, added = vector_inputs(self.text, self.label, self.embedding, conditioning, t)
         embedding = self.time(t, added)  # [B, D]
         images = with_images(x_t, conditioning.images, spec.condition_channels)
         patches = self.patch(as_weights(images, self.patch))

@@ -7,7 +7,7 @@ taken from such a model and given back. B: batch; L: tokens; W: width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +130,44 @@ class TextInput(nn.Module):
         return EncodedText(states, self.pooled(pooled))
 
 
+class BlockSizes(Protocol):
+    """Sizes of a TextBlock; a TextEncoderSpec is one."""
+
+    @property
+    def width(self) -> int:
+        """W."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the transformer, on which the initial weights depend."""
+        ...
+
+    @property
+    def heads(self) -> int:
+        """Heads of the attention."""
+        ...
+
+    @property
+    def mlp_width(self) -> int:
+        """Width inside the MLP; 0: four times W."""
+        ...
+
+    @property
+    def quick_gelu(self) -> bool:
+        """Whether the activation is x sigmoid(1.702 x) in place of GELU."""
+        ...
+
+    @property
+    def norm_eps(self) -> float:
+        """Added to the variance by each norm."""
+        ...
+
+
 class TextBlock(nn.Module):
     """A transformer block with causal attention and the norms first: [B, L, W] -> [B, L, W]."""
 
-    def __init__(self, spec: TextEncoderSpec) -> None:
+    def __init__(self, spec: BlockSizes) -> None:
         super().__init__()
         width, inner = spec.width, spec.mlp_width or 4 * spec.width
         self.num_heads, self.quick_gelu = spec.heads, spec.quick_gelu

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning
-from ddpm_ray.models.conditioning_inputs import text_inputs, with_images
+from ddpm_ray.models.conditioning_inputs import EmbeddingInput, vector_inputs, with_images
 from ddpm_ray.models.cross_attention import TextAttention
 from ddpm_ray.models.group_norm import GroupNormSiLU
 from ddpm_ray.models.layers import (
@@ -92,11 +92,11 @@ class UNet(nn.Module):
 
     H and W are any multiples of 2**(levels - 1). With `num_classes` in its spec it takes labels and
     learns an embedding for images without a label (Ho and Salimans 2022, arXiv:2207.12598). With
-    `text` it takes the tokens of texts and encodes them. With `condition_channels` it takes
-    conditioning images, concatenated to x_t. With `learns_variance` the output is [B, 2C, H, W],
-    the second half for the variance (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.1). With
-    `learns_uncertainty` it holds a module that learns the expected loss at each t, for training
-    only.
+    `text` it takes the tokens of texts and encodes them, with `embedding_width` image embeddings.
+    With `condition_channels` it takes conditioning images, concatenated to x_t. With
+    `learns_variance` the output is [B, 2C, H, W], the second half for the variance (Nichol and
+    Dhariwal 2021, arXiv:2102.09672, section 3.1). With `learns_uncertainty` it holds a module that
+    learns the expected loss at each t, for training only.
 
     Before training the output is exactly 0. Dropout draws from torch's default generator.
     `gradient_checkpointing` stores only each stage's input and recomputes the stage in the backward
@@ -132,6 +132,10 @@ class UNet(nn.Module):
         zero_init(self.conv_out)
         self.label = nn.Embedding(classes + 1, parts.time_width) if classes else None
         self.text = TextInput(spec.text, parts.time_width) if spec.text else None
+        self.embedding: EmbeddingInput | None = None
+        if spec.embedding_width:
+            text_width = spec.text.width if spec.text else None
+            self.embedding = EmbeddingInput(spec.embedding_width, parts.time_width, text_width)
         self.uncertainty = LogVariance() if learns_uncertainty else None
 
     def forward(
@@ -146,7 +150,7 @@ class UNet(nn.Module):
         in each pass. Raises ValueError for sizes and conditioning that it was not built for.
         """
         self.spec.require_divisible(x_t.shape[-2:])
-        text, added = text_inputs(self.text, self.label, conditioning, t)
+        text, added = vector_inputs(self.text, self.label, self.embedding, conditioning, t)
         embedding = self.time(t, added)
         images = with_images(x_t, conditioning.images, self.spec.condition_channels)
         h = self.conv_in(as_weights(images, self.conv_in))

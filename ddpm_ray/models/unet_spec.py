@@ -28,6 +28,7 @@ class UNetSpec:
     learns_variance: bool = False
     variant: Variant = HO  # details in which published networks differ
     text: TextEncoderSpec | None = None  # None: no text
+    embedding_width: int = 0  # of image embeddings; 0: none
 
     @property
     def widths(self) -> list[int]:

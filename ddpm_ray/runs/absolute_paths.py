@@ -25,6 +25,9 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
         text=dataclasses.replace(
             config.text, tokenizer=object_store.absolute(config.text.tokenizer, home)
         ),
+        embedding=dataclasses.replace(
+            config.embedding, encoder=object_store.absolute(config.embedding.encoder, home)
+        ),
         evaluation=absolute_evaluation_paths(config.evaluation, home),
         tracking=dataclasses.replace(
             config.tracking, uri=resolve_tracking_uri(home, config.tracking.uri)

@@ -20,6 +20,7 @@ from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.evaluation.score_table import score_table
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.models.contrastive import ContrastiveEncoders
+from ddpm_ray.models.prior import Prior
 from ddpm_ray.redaction import counted, sanitize
 
 
@@ -92,12 +93,23 @@ def _model_lines(
             f"{text.depth}",
         ]
     model, schedule, objective = config.model, config.schedule, config.objective
+    diffusion = (
+        f"**Schedule** {schedule.kind}{' rescaled' if schedule.rescale else ''}, "
+        f"T = {schedule.num_steps}; prediction {objective.prediction}, loss {objective.loss}, "
+        f"weighting {objective.weighting}"
+    )
+    if isinstance(network, Prior):
+        sizes = config.prior
+        return [
+            diffusion,
+            f"**Network** prior of embeddings of width {network.spec.embedding_width}, {count:,} "
+            f"parameters: width {sizes.width}, depth {sizes.depth}, heads {sizes.heads}; text of "
+            f"{config.text.length} tokens",
+        ]
     classes = model.num_classes
     labels = counted(classes, "class", "classes") if classes else "unconditional"
     return [
-        f"**Schedule** {schedule.kind}{' rescaled' if schedule.rescale else ''}, "
-        f"T = {schedule.num_steps}; prediction {objective.prediction}, loss {objective.loss}, "
-        f"weighting {objective.weighting}",
+        diffusion,
         f"**Network** {config.task}, {model.network}, {count:,} parameters, {labels}: "
         + ", ".join(f"{name} {value_text(value)}" for name, value in model.shown_sizes.items()),
     ]

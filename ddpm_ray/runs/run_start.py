@@ -2,9 +2,11 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from ddpm_ray.assembly import data_order, initial_weights, run_config
+from ddpm_ray.assembly.image_encoders import encoder_problem
 from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
@@ -49,12 +51,16 @@ def settled_config(config: RunConfig, dataset: Dataset, folder: str) -> RunConfi
 
 
 def begin_run(
-    config: RunConfig, dataset: Dataset, folder: str, tokenizer: Tokenizer | None = None
+    config: RunConfig,
+    dataset: Dataset,
+    folder: str,
+    tokenizer: Tokenizer | None = None,
+    encoder: Mapping[str, Any] | None = None,
 ) -> RunStart:
     """Claim the run in `folder` and find what `config` continues or begins from.
 
-    `tokenizer` is that of its texts. Raises ConfigError if another run is there, and the errors of
-    `initial_weights.py` for the weights of a new run.
+    `tokenizer` is that of its texts, `encoder` the facts of its image encoder. Raises ConfigError
+    if another run is there, and the errors of `initial_weights.py` for a new run's weights.
     """
     shape = dataset.manifest.diffused_shape
     found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
@@ -64,7 +70,10 @@ def begin_run(
         """One line for each option that differs from the stored one and may not."""
         if "config" not in begun:
             return [f"name is {config.name!r}, which is the name of a sweep in this folder"]
-        return run_config.changed_keys(config, begun if facts is None else facts, shape)
+        lines = run_config.changed_keys(config, begun if facts is None else facts, shape)
+        if facts is not None and (problem := encoder_problem(encoder or {}, facts)):
+            lines.append(problem)
+        return lines
 
     begun = {"config": to_dict(config), "data_fingerprint": dataset.fingerprint}
     if facts is not None:

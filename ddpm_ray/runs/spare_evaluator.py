@@ -56,7 +56,9 @@ def spare_evaluations(
     store, queue = evaluation_store(settings["folder"]), None
     if workers.is_main:
         needed = {key: settings.get(key) for key in ("config", "folder", "identity")}
-        needed |= {key: settings.get(key, {}) for key in ("fingerprints", "tokenizer")}
+        needed |= {
+            key: settings.get(key, {}) for key in ("fingerprints", "tokenizer", "image_encoder")
+        }
         needed["held_out_prompts"] = settings.get("held_out_prompts", ())
         environment = settings.get("environment", {})
         actor = SpareActor(spare_evaluator, needed, config.cluster, environment)

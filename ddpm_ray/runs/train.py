@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ddpm_ray.assembly.image_encoders import settled_embedding
 from ddpm_ray.config.loading import flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
@@ -64,6 +65,7 @@ CONTRASTIVE_PARAMS = (
     "text.width",
     *PARAMS[-2:],
 )
+PRIOR_PARAMS = ("prior.width", "prior.depth", *PARAMS)
 WIDTH = {"unet": "model.base_channels", "dit": "model.hidden_size"}  # one more, by network
 
 
@@ -102,10 +104,10 @@ def run_training(
     warn_of_another_host(config.tracking.uri)
     dataset, fingerprints = checked_data(config)
     folder = object_store.join(config.storage, config.name)
-    config = settled_config(config, dataset, folder)
+    config, encoder = settled_embedding(settled_config(config, dataset, folder), dataset)
     tokenizer = run_tokenizer(config, dataset, folder)
     of_data = {"fingerprints": fingerprints, **text_settings(config, dataset, tokenizer)}
-    start = begin_run(config, dataset, folder, tokenizer)
+    start = begin_run(config, dataset, folder, tokenizer, encoder)
     describe = _describer(config, dataset, folder, tokenizer, parent)
     metadata = _metadata(config, dataset, start, parent, describe({}))
     tracked, lease = _tracked(metadata), None
@@ -117,6 +119,7 @@ def run_training(
             "identity": start.identity,
             "init_from": vars(start.initial_weights) if start.initial_weights else None,
             **of_data,
+            "image_encoder": encoder,
             "lease": vars(lease),
             "metadata": vars(metadata),
             "tracked": vars(tracked) if tracked else None,
@@ -171,6 +174,8 @@ def _metadata(
         shown = AUTOENCODER_PARAMS
     if config.traits.embeds:
         shown = CONTRASTIVE_PARAMS
+    if config.traits.draws_embeddings:
+        shown = PRIOR_PARAMS
     return RunMetadata(
         config.tracking.uri,
         config.tracking.experiment,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ddpm_ray.assembly import diffusion, run_config, training_run
+from ddpm_ray.assembly.image_encoders import named_encoder
 from ddpm_ray.assembly.inference import inference_network
 from ddpm_ray.assembly.prompts import with_prompts
 from ddpm_ray.collectives import Workers
@@ -51,15 +52,18 @@ def training_outputs(
         return TrainingOutputs(_nothing, _nothing, scored.evaluate, _nothing)
     network = inference_network(state.ema.model, config.evaluation, workers.device)
     tokenizer = run_config.saved_tokenizer(state.facts)
-    denoiser = diffusion.denoiser(config, network, workers.device, codec, tokenizer)
-    denoiser = training_run.with_low_resolution(
-        denoiser, config.data, dataset, GRID_IMAGES, workers.device
-    )
+    encoder = named_encoder(config, state.facts, workers.device)
+    denoiser = diffusion.denoiser(config, network, workers.device, codec, tokenizer, encoder)
+    draws = config.traits.draws_images
+    if draws:
+        denoiser = training_run.with_inputs_of_data(
+            denoiser, config.data, dataset, GRID_IMAGES, workers.device
+        )
     names = dataset.manifest.label_names
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule, names)
     grid_logger = SampleGridLogger(
         denoiser,
-        with_prompts(plan, denoiser, dataset, PROMPTS),
+        with_prompts(plan, denoiser, dataset, PROMPTS) if draws else plan,
         dataset.manifest.image_shape,
         workers,
         pictures,
@@ -67,7 +71,6 @@ def training_outputs(
         config.sampling.batch_size,
         frozenset(settings.get("held_out_prompts", ())),
     )
-    draws = config.traits.draws_images
     return TrainingOutputs(
         grid_logger.log_grid if draws else _nothing,
         grid_logger.log_strip if draws else _nothing,

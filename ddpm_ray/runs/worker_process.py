@@ -55,6 +55,7 @@ def facts_of_run(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> di
         "data_fingerprint": dataset.fingerprint,
         **latents.codec_facts(codec),
         **settings.get("tokenizer", {}),
+        **settings.get("image_encoder", {}),
         "identity": settings["identity"],
         "label_names": list(dataset.manifest.label_names),
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from ddpm_ray.data.low_resolution import downscaled
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.diffusion.conditioning import NO_TEXT, Conditioning
 
+NO_EMBEDDING_MODEL = (
+    "image embeddings are for models trained with them (embedding.encoder); this one was not"
+)
 NO_TEXT_MODEL = "prompts are for models trained with text (text.encoder); this one was not"
 
 
@@ -17,15 +21,30 @@ NO_TEXT_MODEL = "prompts are for models trained with text (text.encoder); this o
 class SampleInputs:
     """Labels, texts and images of samples: sample i has labels[i % len] and prompts[i % len].
 
-    Without labels it has the class i % num_classes, without prompts no text.
+    Without labels it has the class i % num_classes, without prompts no text, and without
+    embeddings none.
     """
 
     labels: Sequence[int] = ()
     prompts: Sequence[str] = ()
     low_resolution: Tensor | None = None  # [M, C, H, W]: sample i has image i % M
+    embeddings: Tensor | None = None  # [M, D] of images: sample i has row i % M
 
 
 NO_INPUTS = SampleInputs()
+
+
+class ImageEncoder(Protocol):
+    """The encoder of images; TrainedEncoders (image_text.py) is one."""
+
+    @property
+    def width(self) -> int:
+        """D, the width of the embeddings."""
+        ...
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Embed images x_0 [B, C, H, W] in [-1, 1] as vectors [B, D] of length 1."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,7 @@ class ConditioningSpec:
     low_resolution_pixels: int = 0  # side of the low-resolution image; 0: no super-resolution
     known_pixels: bool = False  # the known part of the image, for inpainting
     tokenizer: Tokenizer | None = None  # of the texts; None: no text
+    image_encoder: ImageEncoder | None = None  # of the image embeddings; None: no embedding
 
     def of_data(self, x_0: Tensor, labels: Tensor, tokens: Tensor | None = None) -> Conditioning:
         """The conditioning of images x_0 [B, C, H, W] of a data set, their labels [B] and tokens.
@@ -48,6 +68,7 @@ class ConditioningSpec:
             labels=labels if self.num_classes else None,
             tokens=tokens if self.tokenizer else None,
             low_resolution=downscaled(x_0, pixels) if pixels else None,
+            embedding=self.image_encoder.embed(x_0) if self.image_encoder else None,
         )
 
     def of_samples(self, index: Tensor, inputs: SampleInputs = NO_INPUTS) -> Conditioning:
@@ -67,6 +88,7 @@ class ConditioningSpec:
             labels=known,
             tokens=self._tokens(index, inputs.prompts),
             low_resolution=low_resolution,
+            embedding=self._embedding(index, inputs.embeddings),
         )
 
     def with_negative_prompt(self, null: Conditioning, prompt: str) -> Conditioning:
@@ -87,6 +109,16 @@ class ConditioningSpec:
         chosen = [prompts[i % len(prompts)] for i in index.tolist()]
         return self.tokenizer.encode(chosen).to(index.device)
 
+    def _embedding(self, index: Tensor, embeddings: Tensor | None) -> Tensor | None:
+        """The embeddings [B, D] of the samples `index`; None for a network without them."""
+        if self.image_encoder is None:
+            if embeddings is not None:
+                raise ValueError(NO_EMBEDDING_MODEL)
+            return None
+        if embeddings is None:
+            return torch.zeros(len(index), self.image_encoder.width, device=index.device)
+        return embeddings[index.to(embeddings.device) % len(embeddings)].to(index.device)
+
     def taken(self, conditioning: Conditioning) -> Conditioning:
         """The part of `conditioning` that the network takes."""
         return Conditioning(
@@ -94,6 +126,7 @@ class ConditioningSpec:
             tokens=conditioning.tokens if self.tokenizer else None,
             low_resolution=conditioning.low_resolution if self.low_resolution_pixels else None,
             known=conditioning.known if self.known_pixels else None,
+            embedding=conditioning.embedding if self.image_encoder else None,
         )
 
     def completed(self, conditioning: Conditioning, x_t: Tensor) -> Conditioning:

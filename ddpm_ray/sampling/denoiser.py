@@ -61,6 +61,7 @@ class Denoiser:
     variance: ModelVariance = "fixed"  # of the model output
     takes: ConditioningSpec = NO_CONDITIONING
     low_resolution_images: Tensor | None = None  # [M, C, H, W]: image i takes i % M
+    embeddings: Tensor | None = None  # [M, D], of images: image i takes i % M
     guidance_model: GuidanceModel | None = None
     guidance_classes: int = 0  # number of labels that the guidance classifier knows; 0: unknown
     codec: Codec = PIXELS
@@ -92,13 +93,14 @@ class Denoiser:
             self.guidance_classes,
             has_range=self.codec.clip() is not None,
             takes_text=self.takes.tokenizer is not None,
+            takes_embedding=self.takes.image_encoder is not None,
         )
 
     def conditioning(
         self, index: Tensor, labels: Sequence[int] = (), prompts: Sequence[str] = ()
     ) -> Conditioning:
         """The conditioning of the samples `index` [B]; see SampleInputs."""
-        inputs = SampleInputs(labels, prompts, self.low_resolution_images)
+        inputs = SampleInputs(labels, prompts, self.low_resolution_images, self.embeddings)
         return self.takes.of_samples(index, inputs)
 
     def model_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -130,7 +132,7 @@ class Denoiser:
                 "them to such models only, or inpaint with method='repaint'"
             )
         stray = conditioning.labels is not None and guidance_model is None
-        unguided = guidance.scale == 1 or takes.tokenizer is not None
+        unguided = guidance.scale == 1 or bool(takes.tokenizer or takes.image_encoder)
         if takes.num_classes == 0 and (stray or not unguided):
             raise ValueError(
                 f"labels and guidance_scale {guidance.scale:g} are for models trained with labels; "

@@ -42,6 +42,11 @@ class TrainedEncoders:
         return self.model.image_projection.weight.device
 
     @torch.no_grad()
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Embeddings float32 [B, E] of length 1 of images x_0 [B, C, H, W] in [-1, 1]."""
+        return self.model.embed_images(x_0)
+
+    @torch.no_grad()
     def image_embeddings(self, images: Any, *, batch_size: int = BATCH) -> Tensor:
         """Embeddings float32 [N, E] of length 1 of uint8 images [N, H, W, C], an array or a tensor.
 

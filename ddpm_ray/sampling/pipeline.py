@@ -13,6 +13,7 @@ from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
 from ddpm_ray.data.low_resolution import enlarged
 from ddpm_ray.sampling import canvas, editing
 from ddpm_ray.sampling.array_arguments import as_images, as_low_resolution, as_mask, require_text
+from ddpm_ray.sampling.conditioning import NO_EMBEDDING_MODEL
 from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.editing import Edit, Mask, Painting
 from ddpm_ray.sampling.sampling import Images
@@ -126,6 +127,28 @@ class TrainedModel(DrawingModel):
         small = self.denoiser.codec.encode(torch.from_numpy(found).to(self.device))
         denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, self.image_size))
         return replace(self, denoiser=denoiser).sample(len(found), **settings)
+
+    @checks_arguments
+    def variations(self, images: Images, *, per_image: Count = 1, **settings: Any) -> Images:
+        """Draw `per_image` images like each of `images`: uint8 [N * per_image, H, W, C].
+
+        For models that are given the embedding of an image (embedding.encoder): what the embedding
+        keeps of an image stays, and the rest is drawn. (Ramesh et al. 2022, "DALL-E 2",
+        arXiv:2204.06125, section 3.1.)
+        """
+        encoder = self.denoiser.takes.image_encoder
+        if encoder is None:
+            raise ValueError(NO_EMBEDDING_MODEL)
+        found = as_images(images, self.image_shape.channels)
+        if found.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images are {' x '.join(map(str, found.shape[1:3]))}; variations are drawn of "
+                f"images of the model's size, {' x '.join(map(str, self.image_size))}"
+            )
+        x_0 = self.denoiser.codec.encode(torch.from_numpy(found).to(self.device))
+        embeddings = encoder.embed(x_0).repeat_interleave(per_image, dim=0)
+        denoiser = replace(self.denoiser, embeddings=embeddings)
+        return replace(self, denoiser=denoiser).sample(len(embeddings), **settings)
 
     @checks_arguments
     def interpolate(

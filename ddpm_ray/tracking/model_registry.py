@@ -15,7 +15,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from ddpm_ray.assembly import latents
+from ddpm_ray.assembly import image_encoders, latents
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
@@ -47,7 +47,7 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
         for name in sampling_files(checkpoint_url):
             data = object_store.read_bytes(object_store.join(checkpoint_url, name))
             object_store.write_bytes(str(folder / name), data)
-        _add_autoencoder(folder)
+        _add_encoders(folder)
         with mlflow.start_run(run_id=run.run_id):
             mlflow.pyfunc.log_model(
                 name="model",
@@ -57,17 +57,20 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
             )
 
 
-def _add_autoencoder(folder: Path) -> None:
-    """Add its autoencoder to the copy of a checkpoint of latents."""
+def _add_encoders(folder: Path) -> None:
+    """Add the autoencoder of its latents and its image encoder to the copy of a checkpoint."""
     facts = read_checkpoint(str(folder), groups=()).facts
-    try:
-        latents.copy_autoencoder(facts, folder)
-    except (ValueError, StorageError) as error:
-        shutil.rmtree(folder / latents.AUTOENCODER_COPY, ignore_errors=True)
-        log.warning(
-            "%s. The model is logged in MLflow without it: load it with autoencoder=URL",
-            sanitize(str(error)),
-        )
+    for copy, name, use in (
+        (latents.copy_autoencoder, latents.AUTOENCODER_COPY, "load it with autoencoder=URL"),
+        (image_encoders.copy_image_encoder, image_encoders.ENCODER_COPY, "it makes no variations"),
+    ):
+        try:
+            copy(facts, folder)
+        except (ValueError, StorageError) as error:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            log.warning(
+                "%s. The model is logged in MLflow without it: %s", sanitize(str(error)), use
+            )
 
 
 def download_model(uri: str, model_uri: str, destination: Path) -> Path:

@@ -47,6 +47,7 @@ class NoisingRecipe:
     flip: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
     label_dropout: float = 0.0
+    embedding_dropout: float = 0.0
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     low_resolution_noise: float = 0.0
@@ -101,6 +102,10 @@ class NoisingRecipe:
             self._conditioning(x_0, labels, tokens, step, positions),
         )
 
+    def _chosen(self, share: float, purpose: Purpose, step: Step, positions: Tensor) -> Tensor:
+        """Choose each image with probability `share`: bool [b]."""
+        return counter_rng.uniform_int(self.seed, purpose, step, positions, 2**31) < share * 2**31
+
     def _conditioning(
         self,
         x_0: Tensor,
@@ -114,8 +119,11 @@ class NoisingRecipe:
         if self.label_dropout and not (
             conditioning.labels is None and conditioning.tokens is None
         ):  # (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1)
-            draw = counter_rng.uniform_int(self.seed, Purpose.LABEL_DROP, step, positions, 2**31)
-            conditioning = conditioning.drop(draw < self.label_dropout * 2**31)
+            chosen = self._chosen(self.label_dropout, Purpose.LABEL_DROP, step, positions)
+            conditioning = conditioning.drop(chosen)
+        if self.embedding_dropout:
+            chosen = self._chosen(self.embedding_dropout, Purpose.EMBEDDING_DROP, step, positions)
+            conditioning = conditioning.drop_embedding(chosen)
         if (low := conditioning.low_resolution) is not None and self.low_resolution_noise:
             # Makes a cascade robust to errors of the model before it (Ho et al. 2022,
             # arXiv:2106.15282, section 4).

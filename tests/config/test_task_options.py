@@ -102,7 +102,7 @@ def test_a_contrastive_run_has_scores_and_the_options_of_its_encoders() -> None:
     [
         (
             "text.encoder=none",
-            "text.encoder is none; a contrastive model embeds the captions of its images: set "
+            "text.encoder is none; a contrastive model reads the captions of its images: set "
             "text.encoder=transformer",
         ),
         ("schedule.num_steps=50", "schedule.num_steps is 50; a contrastive model has none"),

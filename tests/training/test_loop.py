@@ -36,6 +36,7 @@ from ddpm_ray.assembly import (
     wrapping,
 )
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.assembly.image_encoders import settled_embedding
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -109,6 +110,7 @@ TINY_CONTRASTIVE = (
     "training.grid_every_steps=0",
 )
 FIRST_STEP_WITH_ADVERSARY = 4
+FLIPPED = ("data.flip=true", "embedding.dropout=0.3")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
     "pixels": ("pixels", ()),
     "autoencoder": ("larger pixels", (AUTOENCODER,)),
@@ -118,6 +120,10 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
     ),
     "latents": ("latents", ("data.flip=true",)),
     "latents, DiT": ("latents", (DIT,)),
+    "decoder": (
+        "captioned",
+        (*TEXT, "objective.label_dropout=0.5", "embedding.encoder=ENCODERS", *FLIPPED),
+    ),
     "text": ("captioned", (*TEXT, "objective.label_dropout=0.4")),
     "contrastive": ("captioned", (CONTRASTIVE,)),
     "infonce": ("captioned", (CONTRASTIVE, "contrastive.loss=infonce")),
@@ -192,7 +198,11 @@ def sets(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     encoded = encode_noise(tmp_path_factory.mktemp("encoded"), IMAGES, 2 * SIDE)
     captioned = tmp_path_factory.mktemp("captioned")
     write_captioned(captioned, [[f"{n % 5} pears", "a pear"][: n % 3] for n in range(IMAGES)], 10)
+    encoders = tmp_path_factory.mktemp("encoders")
+    config = configured(str(captioned), CONTRASTIVE, "training.steps=1")
+    finished(config, encoders / "checkpoints")
     return {
+        "ENCODERS": str(encoders),
         "pixels": data,
         "larger pixels": larger,
         "latents": encoded,
@@ -203,6 +213,7 @@ def sets(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def of_kind(sets: dict[str, str], kind: str, *overrides: str) -> list[str]:
     """The overrides of a run of that kind, its data set among them."""
     name, own = KINDS[kind]
+    own = tuple(one.replace("ENCODERS", sets["ENCODERS"]) for one in own)
     return [f"data.url={sets[name]}", *own, *overrides]
 
 
@@ -282,6 +293,7 @@ def begin(
 ) -> Run:
     """All that a process makes of its config before it trains, and what it finds in `folder`."""
     workers, dataset = workers or Workers(), open_dataset(config.data.url)
+    config, encoder = settled_embedding(config, dataset)
     codec = latents.codec_of_data(config.data, dataset)
     facts = {
         "config": to_dict(config),
@@ -289,6 +301,7 @@ def begin(
         "data_fingerprint": dataset.fingerprint,
         **latents.codec_facts(codec),
         **captions_facts(config),
+        **encoder,
     }
     state = training_run.training_state(config, dataset.manifest.diffused_shape, CPU, facts)
     store = CheckpointStore(str(folder), config.training.keep_checkpoints, planned_every=EVERY)
@@ -550,6 +563,7 @@ def test_the_discriminator_trains_from_its_first_step_on(
         ("latents", ["model.dropout=0.3", "objective.self_conditioning=true"]),
         ("latents, DiT", ["data.flip=true", "model.dropout=0.3"]),
         ("latents", ["objective.inpainting_masks=true", "training.micro_batch_size=1"]),
+        ("decoder", ["training.micro_batch_size=1", "training.precision=bf16_weights"]),
         ("contrastive", ["training.micro_batch_size=1", "data.flip=true"]),
         ("contrastive", ["training.precision=bf16_weights", "training.micro_batch_size=1"]),
         ("infonce", ["training.precision=bf16", "training.channels_last=true"]),
@@ -581,7 +595,9 @@ def test_any_kind_of_run_survives_its_death(
     assert all(math.isfinite(value) for value in recorder.values.values())
 
 
-@pytest.mark.parametrize("kind", ["adversary", "latents", "latents, DiT", "text", "contrastive"])
+@pytest.mark.parametrize(
+    "kind", ["adversary", "latents", "latents, DiT", "text", "decoder", "contrastive"]
+)
 def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
     kind: str, sets: dict[str, str], tmp_path: Path
 ) -> None:
@@ -612,13 +628,17 @@ def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
         return
     whole_model, died_model = (ddpm_ray.load(str(folder), "cpu") for folder in folders)
     of: dict[str, Any] = {}
-    if kind == "text":
+    if kind in ("text", "decoder"):
         images, of = images[:, :SIDE, :SIDE], {"prompts": ["2 pears", "a"], "guidance_scale": 2.0}
     drawn = died_model.sample(2, steps=3, **of)
     assert drawn.shape == images.shape
     np.testing.assert_array_equal(drawn, whole_model.sample(2, steps=3, **of))
     edited = died_model.image_to_image(images, 0.5, steps=4)
     np.testing.assert_array_equal(edited, whole_model.image_to_image(images, 0.5, steps=4))
+    if kind == "decoder":
+        varied = died_model.variations(images, per_image=2, steps=3)
+        assert varied.shape == (4, SIDE, SIDE, 1)
+        np.testing.assert_array_equal(varied, whole_model.variations(images, per_image=2, steps=3))
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")

@@ -9,6 +9,9 @@ from ddpm_ray.config.data import MOVED_AUTOENCODER
 from ddpm_ray.config.option_fields import option, shown
 from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
 
+EditKind: TypeAlias = Literal[
+    "inpaint", "outpaint", "image_to_image", "enlarge", "text_diff", "variations"
+]
 InpaintingMethod: TypeAlias = Literal["auto", "conditioned", "repaint", "replacement"]
 MARGINS = ("top", "bottom", "left", "right")
 MOST_MARGIN = 65_535  # pixels, the longest side of a JPEG file
@@ -33,10 +36,11 @@ def inpainting_method(method: InpaintingMethod, *, conditioned: bool) -> Inpaint
 class EditConfig:
     """One edit of an image by a trained model."""
 
-    kind: Literal["inpaint", "outpaint", "image_to_image", "enlarge", "text_diff"] = option(
+    kind: EditKind = option(
         "inpaint",
         "repaint where the mask is white; extend the image; vary the whole image; super-resolution;"
-        " change it from from_text to to_text",
+        " change it from from_text to to_text; draw images like it, by a model that is given the "
+        "embedding of an image",
     )
     num_images: int = option(
         1, "variants to draw; several are saved as one grid", at_least=1, at_most=MOST_IMAGES

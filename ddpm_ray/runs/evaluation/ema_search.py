@@ -163,7 +163,7 @@ def score_widths(
     begun, dataset = run_config.saved_config(snapshots.facts), open_dataset(config.data_url)
     model = checkpoint_loading.trained_model(run, workers.device, autoencoder=config.autoencoder)
     count = min(wanted.num_images, int(dataset.counts.sum()))
-    denoiser = training_run.with_low_resolution(
+    denoiser = training_run.with_inputs_of_data(
         model.denoiser, begun.data, dataset, count, workers.device
     )
     net = scoring.feature_net(wanted, training_run.cache_dir(begun.data, "weights"), workers.device)

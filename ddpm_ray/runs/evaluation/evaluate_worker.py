@@ -76,7 +76,7 @@ def _scores(
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
     count = min(drawn, int(dataset.counts.sum()))
-    shown = training_run.with_low_resolution(
+    shown = training_run.with_inputs_of_data(
         model.denoiser, begun.data, dataset, count, workers.device
     )
     model = dataclasses.replace(model, denoiser=shown)

@@ -1,0 +1,155 @@
+"""The image encoder whose embeddings a network is given: named by a run, loaded when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.assembly.encoder_loading import trained_encoders
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.tokenizer import TokenizerError
+from ddpm_ray.models.unet_spec import require_divisible
+from ddpm_ray.sampling.image_text import TrainedEncoders
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.training import checkpoint_folder
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+
+ENCODER_COPY = "image_encoder"  # folder in that of a checkpoint that was copied to MLflow
+REMEDY = "put the checkpoint of that encoder back"
+
+
+@dataclass(frozen=True)
+class NamedImageEncoder:
+    """The image encoder of a checkpoint at `url`, loaded when it first embeds images.
+
+    Drawing from given embeddings needs no encoder, so a model loads without it.
+    """
+
+    width: int
+    url: str
+    sha256: str  # of its weights
+    device: torch.device | str
+    where: str  # the model that is given its embeddings, for errors
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Embeddings float32 [B, D] of images x_0 [B, C, H, W]; see `encoders` for errors."""
+        return self.encoders.embed(x_0)
+
+    @cached_property
+    def encoders(self) -> TrainedEncoders:
+        """The loaded encoders. CheckpointError unless they load and have the weights `sha256`."""
+        try:
+            found = trained_encoders(self.url, self.device)
+        except (CheckpointError, ConfigError, StorageError, TokenizerError) as error:
+            problem = f"the encoder of its image embeddings does not load: {error}"
+            raise CheckpointError(self.where, problem, REMEDY) from error
+        if found.sha256 != self.sha256:
+            problem = (
+                f"its image embeddings are those of the encoder of sha256 {self.sha256[:12]}, and "
+                f"that of {self.url} is {found.sha256[:12]}"
+            )
+            raise CheckpointError(self.where, problem, REMEDY)
+        return found
+
+
+def settled_embedding(config: RunConfig, dataset: Dataset) -> tuple[RunConfig, dict[str, Any]]:
+    """`config` with the width of its image embeddings, and the facts that name their encoder.
+
+    The facts are empty for a run without embeddings. Raises ConfigError, in one line, for an
+    encoder that does not load or does not take the images of `dataset`.
+    """
+    wanted, manifest = config.embedding, dataset.manifest
+    if not wanted.encoder:
+        return config, {}
+    given = f"embedding.encoder is {wanted.encoder!r}"
+    if manifest.codec != "pixels":
+        raise ConfigError(
+            f"{given}, which embeds images, but {dataset.url} holds {manifest.codec}: train on the "
+            f"images, or leave it out"
+        )
+    try:
+        encoders = trained_encoders(wanted.encoder)
+        require_divisible(manifest.image_shape[:2], len(encoders.model.spec.channel_mults))
+    except (CheckpointError, ConfigError, StorageError, TokenizerError, ValueError) as error:
+        raise ConfigError(f"{given}: {error}") from error
+    channels, theirs = manifest.image_shape.channels, encoders.model.spec.image_channels
+    if channels != theirs:
+        raise ConfigError(
+            f"{given}, which takes images of {theirs} channels; those of {dataset.url} have "
+            f"{channels}: name an encoder of such images"
+        )
+    if wanted.width not in (0, encoders.width):
+        raise ConfigError(
+            f"embedding.width is {wanted.width}, and the embeddings of {wanted.encoder} have "
+            f"{encoders.width}: leave it out"
+        )
+    settled = replace(config, embedding=replace(wanted, width=encoders.width))
+    return settled, {"image_encoder": {"url": encoders.url, "sha256": encoders.sha256}}
+
+
+def named_encoder(
+    config: RunConfig, facts: Mapping[str, Any], device: torch.device | str, where: str = ""
+) -> NamedImageEncoder | None:
+    """The image encoder of a model with these facts; None if it takes no embedding.
+
+    `where` is the checkpoint's URL; a copy of the encoder in that folder (`copy_image_encoder`) is
+    taken before the one that the facts name.
+    """
+    if not config.embedding.width:
+        return None
+    held = facts["image_encoder"]
+    url = _copy_in(where) or held["url"]
+    return NamedImageEncoder(
+        config.embedding.width, url, held["sha256"], device, where or "the run"
+    )
+
+
+def copy_image_encoder(facts: Mapping[str, Any], folder: Path) -> None:
+    """Copy the image encoder of a checkpoint with these facts into the local `folder` of its copy.
+
+    So the copy makes variations on any machine. A model without one has none. Raises ValueError
+    unless it is the encoder of the training, and StorageError.
+    """
+    if (held := facts.get("image_encoder")) is None:
+        return
+    destination = folder / ENCODER_COPY
+    try:
+        for name in checkpoint_folder.sampling_files(held["url"]):
+            data = object_store.read_bytes(object_store.join(held["url"], name))
+            object_store.write_bytes(str(destination / name), data)
+        found = trained_encoders(str(destination))
+    except (CheckpointError, ConfigError, TokenizerError) as error:
+        raise ValueError(f"the encoder of its image embeddings does not load: {error}") from error
+    if found.sha256 != held["sha256"]:
+        raise ValueError(
+            f"the encoder of its image embeddings had sha256 {held['sha256'][:12]}, and that of "
+            f"{held['url']} has {found.sha256[:12]}"
+        )
+
+
+def encoder_problem(facts: Mapping[str, Any], of_run: Mapping[str, Any]) -> str:
+    """A line if a run with `facts` began with another image encoder than `of_run` names; else "".
+
+    Both are facts of checkpoints.
+    """
+    then, now = (one.get("image_encoder", {}).get("sha256", "none") for one in (of_run, facts))
+    if then == now:
+        return ""
+    return f"embedding.encoder has sha256 {now[:12]}, but the run began with {then[:12]}"
+
+
+def _copy_in(where: str) -> str:
+    """The path of the encoder's copy in a checkpoint's local folder; empty if it has none."""
+    if not where or not object_store.is_local(where):  # copies are made for MLflow
+        return ""
+    place = object_store.local_path(where) / ENCODER_COPY
+    return str(place) if (place / checkpoint_folder.MANIFEST).is_file() else ""

@@ -1,0 +1,40 @@
+"""Options of image embeddings as conditioning."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from ddpm_ray.config.option_fields import option, shown
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """The embedding of its image that the network is given, as DALL-E 2's decoder."""
+
+    encoder: str = option(
+        "",
+        "folder or URL of a run with task=contrastive, whose image encoder embeds each training "
+        "image for the network; empty: no embedding",
+    )
+    width: int = option(
+        0,
+        "width of its embeddings; 0: that of the encoder, as found at the run's first start",
+        at_least=0,
+        defines_run=True,
+    )
+    dropout: float = option(
+        0.1,
+        "fraction of images trained without their embedding, for guidance",
+        at_least=0,
+        at_most=1,
+        defines_run=True,
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield a line for options that nothing uses."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not self.encoder and value != item.default:
+                yield (
+                    f"embedding.{item.name} is {shown(value)}, which nothing uses without "
+                    f"embedding.encoder: leave it out, or name the encoder"
+                )
