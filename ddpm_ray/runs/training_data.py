@@ -60,8 +60,8 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         )
     if reconstructs and config.autoencoder.perceptual == "lpips":
         require_lpips()  # before Ray starts
-    if dataset.manifest.codec == "latents":
-        _require_latent_options(config)
+    if dataset.manifest.codec != "pixels":
+        _require_rangeless_options(config)
     try:
         schedule = diffusion.noise_schedule(config.schedule)
         diffusion.model_parameterization(config.objective, schedule)
@@ -118,8 +118,8 @@ def require_scored_data(
             require_codec(traits, open_dataset(url), key)
 
 
-def _require_latent_options(config: RunConfig) -> None:
-    """Raise ConfigError for options that a run on latents cannot have."""
+def _require_rangeless_options(config: RunConfig) -> None:
+    """Raise ConfigError for options that a run on latents or embeddings cannot have."""
     if pixels := config.objective.low_resolution_pixels:
         raise ConfigError(
             f"objective.low_resolution_pixels is {pixels}, but {config.data.url} holds latents, "
