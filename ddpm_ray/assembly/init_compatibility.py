@@ -28,7 +28,7 @@ NAMES = {
     ContrastiveSpec: "a contrastive model",
     PriorSpec: "a prior",
 }
-WITHOUT_IMAGES = AutoencoderSpec | ContrastiveSpec | PriorSpec  # as inputs beside x_t
+WITHOUT_IMAGES = AutoencoderSpec | ContrastiveSpec | PriorSpec  # as conditioning
 CLASSIFIER = "a classifier"
 CONDITIONS = ("self_conditioning", "low_resolution_pixels", "inpainting_masks")  # of an objective
 
