@@ -40,6 +40,7 @@ from ddpm_ray.sampling.guidance_models import require_same_x_0
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import checkpoint_folder
+from ddpm_ray.training.state import Snapshot
 
 
 def trained_model(
@@ -84,15 +85,6 @@ def trained_model(
     shape, variant = diffused_shape(codec, image_shape), run_config.saved_variant(facts, where)
     network = networks.network(config, shape, variant, tokenizer)
     network.load_state_dict(snapshot.tensors[ema])
-    provenance = {
-        "checkpoint": where,
-        "step": snapshot.step,
-        "weights_sha256": checkpoint_folder.weights_sha256(where, ema),
-        "config": to_dict(config),
-        "data_fingerprint": facts["data_fingerprint"],
-        "average": ema if ema != "ema" else facts.get("average"),  # None: the main EMA
-        **run_config.run_history(facts),
-    }
     return TrainedModel(
         denoiser(
             config,
@@ -103,12 +95,26 @@ def trained_model(
             named_encoder(config, facts, device, where),
         ),
         image_shape,
-        provenance,
+        provenance(where, snapshot, ema),
         device=device,
         settings=config.sampling,
         find_label_names=cache(partial(label_names, config, facts)),
         drops_labels=config.sampled_model.drops_labels,
     )
+
+
+def provenance(where: str, snapshot: Snapshot, ema: str = "ema") -> dict[str, Any]:
+    """Config, step and sha256 of the EMA weights of the checkpoint at `where`, as plain JSON."""
+    facts = snapshot.facts
+    return {
+        "checkpoint": where,
+        "step": snapshot.step,
+        "weights_sha256": checkpoint_folder.weights_sha256(where, ema),
+        "config": to_dict(run_config.saved_config(facts, where)),
+        "data_fingerprint": facts["data_fingerprint"],
+        "average": ema if ema != "ema" else facts.get("average"),  # None: the main EMA
+        **run_config.run_history(facts),
+    }
 
 
 def require_denoiser(config: RunConfig, url: str) -> None:
@@ -257,7 +263,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     config, tensors = model.config, model.tensors
     network = UNet(model.spec) if isinstance(model.spec, UNetSpec) else DiT(model.spec)
     network.load_state_dict(tensors)
-    provenance = {
+    origin = {
         "checkpoint": str(folder),
         "step": None,  # unknown
         "weights_sha256": hashlib.sha256(safetensors.save(tensors)).hexdigest(),
@@ -267,7 +273,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     return TrainedModel(
         denoiser(config, network.to(device).eval().requires_grad_(False), device, model.codec),
         model.image_shape,
-        provenance,
+        origin,
         device=device,
         settings=config.sampling,
         find_label_names=lambda: model.label_names,

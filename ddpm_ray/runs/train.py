@@ -102,11 +102,11 @@ def run_training(
     """
     config = with_absolute_paths(config, home)
     warn_of_another_host(config.tracking.uri)
-    dataset, fingerprints = checked_data(config)
+    dataset, seen = checked_data(config)
     folder = object_store.join(config.storage, config.name)
     config, encoder = settled_embedding(settled_config(config, dataset, folder), dataset)
     tokenizer = run_tokenizer(config, dataset, folder)
-    of_data = {"fingerprints": fingerprints, **text_settings(config, dataset, tokenizer)}
+    of_data = {**encoder, **text_settings(config, dataset, tokenizer), "fingerprints": seen}
     start = begin_run(config, dataset, folder, tokenizer, encoder)
     describe = _describer(config, dataset, folder, tokenizer, parent)
     metadata = _metadata(config, dataset, start, parent, describe({}))
@@ -119,7 +119,6 @@ def run_training(
             "identity": start.identity,
             "init_from": vars(start.initial_weights) if start.initial_weights else None,
             **of_data,
-            "image_encoder": encoder,
             "lease": vars(lease),
             "metadata": vars(metadata),
             "tracked": vars(tracked) if tracked else None,

@@ -48,6 +48,7 @@ def require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
 
 def facts_of_run(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> dict[str, Any]:
     """Facts on the run that each checkpoint stores."""
+    encoder = settings.get("image_encoder")
     return {
         "config": settings["config"],
         "version": package_version(),
@@ -55,7 +56,7 @@ def facts_of_run(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> di
         "data_fingerprint": dataset.fingerprint,
         **latents.codec_facts(codec),
         **settings.get("tokenizer", {}),
-        **settings.get("image_encoder", {}),
+        **({"image_encoder": encoder} if encoder else {}),
         "identity": settings["identity"],
         "label_names": list(dataset.manifest.label_names),
     }
