@@ -95,7 +95,7 @@ def trained_model(
             named_encoder(config, facts, device, where),
         ),
         image_shape,
-        provenance(where, snapshot, ema),
+        weights_provenance(where, snapshot, ema),
         device=device,
         settings=config.sampling,
         find_label_names=cache(partial(label_names, config, facts)),
@@ -103,7 +103,7 @@ def trained_model(
     )
 
 
-def provenance(where: str, snapshot: Snapshot, ema: str = "ema") -> dict[str, Any]:
+def weights_provenance(where: str, snapshot: Snapshot, ema: str = "ema") -> dict[str, Any]:
     """Config, step and sha256 of the EMA weights of the checkpoint at `where`, as plain JSON."""
     facts = snapshot.facts
     return {

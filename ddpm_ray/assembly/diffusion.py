@@ -21,7 +21,7 @@ from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_sampling import Distribution
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.sampling.conditioning import ConditioningSpec, ImageEncoder
+from ddpm_ray.sampling.conditioning import ConditioningSpec, ImageEmbedder
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import sampling_plan as sampling_plan
 from ddpm_ray.training.bf16_weights import Bf16Weights
@@ -80,7 +80,7 @@ def denoiser(
     device: torch.device | str,
     codec: Codec,
     tokenizer: Tokenizer | None = None,
-    image_encoder: ImageEncoder | None = None,
+    image_encoder: ImageEmbedder | None = None,
 ) -> Denoiser:
     """The denoiser of `network`, which must be on `device` and diffuses what `codec` encodes."""
     return Denoiser(
@@ -95,7 +95,7 @@ def denoiser(
 def conditioning_spec(
     config: RunConfig,
     tokenizer: Tokenizer | None = None,
-    image_encoder: ImageEncoder | None = None,
+    image_encoder: ImageEmbedder | None = None,
 ) -> ConditioningSpec:
     """The conditioning that the network takes, with the encoders of its texts and images."""
     return ConditioningSpec(
@@ -136,7 +136,7 @@ def objective(
     config: RunConfig,
     state: TrainingState,
     device: torch.device,
-    image_encoder: ImageEncoder | None = None,
+    image_encoder: ImageEmbedder | None = None,
 ) -> Objective:
     """The training objective of `state`'s network, which is given embeddings of `image_encoder`."""
     wanted = config.objective
@@ -166,7 +166,7 @@ def noising_recipe(
     config: RunConfig,
     parameterization: Parameterization,
     state: TrainingState,
-    image_encoder: ImageEncoder | None = None,
+    image_encoder: ImageEmbedder | None = None,
 ) -> NoisingRecipe:
     """The recipe that makes noisy training batches from images; `state` names their codec."""
     wanted = config.objective

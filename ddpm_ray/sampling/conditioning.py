@@ -34,7 +34,7 @@ class SampleInputs:
 NO_INPUTS = SampleInputs()
 
 
-class ImageEncoder(Protocol):
+class ImageEmbedder(Protocol):
     """The encoder of images; TrainedEncoders (image_text.py) is one."""
 
     @property
@@ -56,7 +56,7 @@ class ConditioningSpec:
     low_resolution_pixels: int = 0  # side of the low-resolution image; 0: no super-resolution
     known_pixels: bool = False  # the known part of the image, for inpainting
     tokenizer: Tokenizer | None = None  # of the texts; None: no text
-    image_encoder: ImageEncoder | None = None  # of the image embeddings; None: no embedding
+    image_encoder: ImageEmbedder | None = None  # of the image embeddings; None: no embedding
 
     def of_data(self, x_0: Tensor, labels: Tensor, tokens: Tensor | None = None) -> Conditioning:
         """The conditioning of images x_0 [B, C, H, W] of a data set, their labels [B] and tokens.
