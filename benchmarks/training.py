@@ -36,7 +36,8 @@ from ddpm_ray.counter_rng import Purpose, normal, uniform_int
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import ShardStream
-from ddpm_ray.data.packing import latent_packer, packer
+from ddpm_ray.data.packing import encoded_packer, packer
+from ddpm_ray.data.packing.latent_encoder import LatentEncoder
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.distributed.worker_context import distributed_context
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
@@ -183,12 +184,12 @@ def encoded(images: Dataset, folder: Path) -> str:
     spec = AutoencoderSpec(3, 4, 8, (1, 1, 1), 1, 8, middle_attention=False)
     tensors = Autoencoder(spec).state_dict()
     autoencoder_kl.write_folder(folder / "autoencoder", spec, tensors, (SIDE, SIDE), write_bytes)
-    encoder = trained_autoencoder(str(folder / "autoencoder"))
-    plan = latent_packer.make_encoding_plan(
+    encoder = LatentEncoder(trained_autoencoder(str(folder / "autoencoder")))
+    plan = encoded_packer.make_encoding_plan(
         images, str(folder / "latents"), encoder, EncodeConfig()
     )
-    parts = [latent_packer.encode_shard(plan, n, encoder) for n in range(plan.shards)]
-    return latent_packer.finish_latents(plan, parts).url
+    parts = [encoded_packer.encode_shard(plan, n, encoder) for n in range(plan.shards)]
+    return encoded_packer.finish_encoded(plan, parts).url
 
 
 def main() -> None:

@@ -37,4 +37,5 @@ def trained_encoders(
     network.load_state_dict(snapshot.tensors[ema])
     network.to(device).eval().requires_grad_(False)
     sha256 = checkpoint_folder.weights_sha256(where, ema)
-    return TrainedEncoders(network, tokenizer, image_shape, where, sha256)
+    core_s = facts.get("core_seconds")
+    return TrainedEncoders(network, tokenizer, image_shape, where, sha256, core_s)

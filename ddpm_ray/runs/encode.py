@@ -1,4 +1,4 @@
-"""Encode a data set to latents with Ray actors, one per GPU or CPU."""
+"""Encode a data set to latents or embeddings with Ray actors, one per GPU or CPU."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import ray
 import torch
 
-from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.assembly.image_encoder_loading import image_encoder
 from ddpm_ray.assembly.newest_checkpoint import usable_device
 from ddpm_ray.config.jobs.encode import EncodeConfig
-from ddpm_ray.data import encoding_record
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
-from ddpm_ray.data.packing import latent_packer
-from ddpm_ray.data.packing.latent_packer import EncodedShard, EncodePlan
+from ddpm_ray.data.packing import encoded_packer
+from ddpm_ray.data.packing.encoded_packer import EncodedShard, EncodePlan, SetEncoder
 from ddpm_ray.distributed import connection
 from ddpm_ray.distributed.failures import RunFailedError
-from ddpm_ray.redaction import counted
 from ddpm_ray.runs.shard_tasks import as_completed
-from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
 from ddpm_ray.training import determinism
 
 Progress = Callable[[int, int, str], None]  # images done, images in total, images per second
@@ -32,7 +28,7 @@ Progress = Callable[[int, int, str], None]  # images done, images in total, imag
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """A set of latents, and how many images this call encoded in which time."""
+    """An encoded set, and how many images this call encoded in which time."""
 
     dataset: Dataset
     encoded: int = 0
@@ -40,63 +36,65 @@ class EncodeResult:
 
     @property
     def images_per_second(self) -> float | None:
-        """The rate, all actors together; None if all latents existed."""
+        """The rate, all actors together; None if all shards existed."""
         return self.encoded / self.seconds if self.encoded else None
 
 
 class EncoderActor:
-    """Encodes shards in a process of its own; loads the autoencoder once."""
+    """Encodes shards in a process of its own; loads the network once."""
 
     def __init__(self, url: str, sha256: str, device: str) -> None:
         self._url, self._sha256, self._device = url, sha256, device
-        self._autoencoder: TrainedAutoencoder | None = None
+        self._encoder: SetEncoder | None = None
 
-    def load(self) -> TrainedAutoencoder:
-        """Return the autoencoder, loaded at the first call; raises DatasetError if it changed.
+    def load(self) -> SetEncoder:
+        """Return the network, loaded at the first call; raises DatasetError if it changed.
 
         The constructor does not load it, since Ray reports errors of constructors in another form.
         """
-        if self._autoencoder is None:
-            found = trained_autoencoder(self._url, self._device)
-            if found.sha256 != self._sha256:
-                problem = f"its weights changed while images were being encoded ({found.sha256})"
+        if self._encoder is None:
+            found = image_encoder(self._url, self._device)
+            if found.network.sha256 != self._sha256:
+                changed = found.network.sha256
+                problem = f"its weights changed while images were being encoded ({changed})"
                 raise DatasetError(self._url, problem, "start the job again")
-            self._autoencoder = found
-        return self._autoencoder
+            self._encoder = found
+        return self._encoder
 
     def ready(self) -> None:
-        """Load the autoencoder, without a result, which Ray would send to the driver."""
+        """Load the network, without a result, which Ray would send to the driver."""
         self.load()
 
     def encode(self, plan: EncodePlan, number: int) -> EncodedShard:
         """Write shard `number`; see encode_shard."""
         with reproducible(self._device):
-            return latent_packer.encode_shard(plan, number, self.load())
+            return encoded_packer.encode_shard(plan, number, self.load())
 
 
 def encode_dataset(
-    autoencoder_url: str,
+    model_url: str,
     data_url: str,
     destination: str,
     config: EncodeConfig,
     on_progress: Progress | None = None,
 ) -> EncodeResult:
-    """Encode the images at `data_url` to latents at `destination`; a no-op if they exist.
+    """Encode the images at `data_url` by the model at `model_url`; a no-op if that was done.
 
-    On one kind of machine, the bytes do not depend on the number of actors. An interrupted job
-    continues with the shards that exist. A single shard is encoded in this process,
+    An autoencoder makes a set of latents at `destination`, an image and text encoder one of
+    embeddings. On one kind of machine, the bytes do not depend on the number of actors. An
+    interrupted job continues with the shards that exist. A single shard is encoded in this process,
     several by Ray actors at config.address. Raises CheckpointError, ConfigError, DatasetError,
     RunFailedError, ShardCorruptError or StorageError, and then writes no manifest.
     """
     source = open_dataset(data_url)
-    autoencoder = trained_autoencoder(autoencoder_url, "cpu")
-    plan = latent_packer.make_encoding_plan(source, destination, autoencoder, config)
-    if (dataset := latent_packer.find_finished_latents(plan)) is not None:
+    encoder = image_encoder(model_url, "cpu")
+    plan = encoded_packer.make_encoding_plan(source, destination, encoder, config)
+    if (dataset := encoded_packer.find_finished_set(plan)) is not None:
         return EncodeResult(dataset)
-    done = latent_packer.find_all_encoded(plan)
+    done = encoded_packer.find_all_encoded(plan)
     missing = sorted(set(range(plan.shards)) - {shard.number for shard in done})
     alone = plan.shards == 1
-    work = _here(plan, missing, autoencoder, config) if alone else _on_ray(plan, missing, config)
+    work = _here(plan, missing, encoder, config) if alone else _on_ray(plan, missing, config)
     started_s, before = time.monotonic(), _images(done)
     if on_progress is not None:
         on_progress(before, source.manifest.samples, "")
@@ -106,7 +104,7 @@ def encode_dataset(
         if on_progress is not None:
             on_progress(_images(done), source.manifest.samples, f"{rate:.1f} images/s")
     seconds = time.monotonic() - started_s
-    return EncodeResult(latent_packer.finish_latents(plan, done), _images(done) - before, seconds)
+    return EncodeResult(encoded_packer.finish_encoded(plan, done), _images(done) - before, seconds)
 
 
 @contextmanager
@@ -129,63 +127,19 @@ def reproducible(device: str) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def encoding_summary(result: EncodeResult) -> dict[str, Any]:
-    """Return the result of an encoding job for JSON; None: unknown, or nothing was encoded."""
-    cost = encoding_record.read_cost(result.dataset)
-    manifest, record = result.dataset.manifest, encoding_record.read_encoding(result.dataset)
-    return {
-        "destination": result.dataset.url,
-        "samples": manifest.samples,
-        "shards": manifest.shards,
-        "image_shape": list(manifest.image_shape),
-        "latent_shape": list(manifest.latent_shape or ()),
-        "views": list(manifest.views),
-        "latent_mean": list(manifest.latent_mean),
-        "latent_std": list(manifest.latent_std),
-        "autoencoder": record.network if record else None,
-        "autoencoder_sha256": manifest.autoencoder_sha256,
-        "preview_r_squared": record.preview.r_squared if record and record.preview else None,
-        "core_seconds": cost.encoding if cost else None,
-        "autoencoder_core_seconds": cost.network if cost else None,
-        "encoded": result.encoded,
-        "seconds": round(result.seconds, 3),
-        "images_per_second": result.images_per_second and round(result.images_per_second, 3),
-        "fingerprint": result.dataset.fingerprint,
-    }
-
-
-def encoding_lines(result: EncodeResult) -> Iterator[str]:
-    """Yield the last lines that an encoding job prints."""
-    manifest, record = result.dataset.manifest, encoding_record.read_encoding(result.dataset)
-    if record is not None and record.preview is not None:
-        yield (
-            f"preview: a linear map from latents to colours explains "
-            f"{record.preview.r_squared:.0%} of the variance of mean colours"
-        )
-    means, stds = (
-        ", ".join(f"{value:.3g}" for value in values)
-        for values in (manifest.latent_mean, manifest.latent_std)
-    )
-    yield f"latents per channel: mean {means}; standard deviation {stds}"
-    yield (
-        f"encoded: {counted(manifest.samples, 'sample')}, {' and '.join(manifest.views)}, images "
-        f"{manifest.image_shape}, latents {manifest.latent_shape}"
-    )
-
-
 def _images(shards: list[EncodedShard]) -> int:
     return sum(shard.row.samples for shard in shards)
 
 
 def _here(
-    plan: EncodePlan, numbers: list[int], autoencoder: TrainedAutoencoder, config: EncodeConfig
+    plan: EncodePlan, numbers: list[int], encoder: SetEncoder, config: EncodeConfig
 ) -> Iterator[EncodedShard]:
     """Encode shards in this process."""
     device = usable_device("" if config.device == "auto" else config.device)
-    autoencoder.model.to(device)
+    encoder.network.model.to(device)
     with reproducible(device.type):
         for number in numbers:
-            yield latent_packer.encode_shard(plan, number, autoencoder)
+            yield encoded_packer.encode_shard(plan, number, encoder)
 
 
 def _on_ray(plan: EncodePlan, numbers: list[int], config: EncodeConfig) -> Iterator[EncodedShard]:
@@ -201,7 +155,7 @@ def _on_ray(plan: EncodePlan, numbers: list[int], config: EncodeConfig) -> Itera
     actors = min(config.num_workers or most, most, len(numbers))
     options = {"num_cpus": 1, "num_gpus": min(gpus, 1), "max_restarts": 3, "max_task_retries": 3}
     kind = ray.remote(**options)(EncoderActor)
-    arguments = plan.autoencoder, plan.recipe.autoencoder_sha256, "cuda" if gpus else "cpu"
+    arguments = plan.network, plan.network_sha256, "cuda" if gpus else "cpu"
     shared = ray.put(plan)
     starting = {}
     for _ in range(actors):

@@ -12,6 +12,8 @@ from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.tokenizer import Tokenizer, warn_of_cut_prompts
 from ddpm_ray.models.contrastive import ContrastiveEncoders
+from ddpm_ray.models.unet_spec import require_divisible
+from ddpm_ray.redaction import counted
 from ddpm_ray.sampling.array_arguments import as_images
 
 BATCH = 256  # images or texts that are embedded at once
@@ -26,6 +28,7 @@ class TrainedEncoders:
     image_shape: ImageShape  # of the images that it was trained on; it takes others too
     url: str
     sha256: str  # of its weights file
+    core_seconds: float | None = None  # of its training (training.core_seconds); None: unknown
 
     def __repr__(self) -> str:
         """URL, image shape and width of the embeddings, in one line."""
@@ -40,6 +43,15 @@ class TrainedEncoders:
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.model.image_projection.weight.device
+
+    def require_fitting(self, image_shape: ImageShape) -> None:
+        """Raise ValueError for other channels, and for sides that do not halve evenly."""
+        if image_shape.channels != (wanted := self.model.spec.image_channels):
+            raise ValueError(
+                f"images have {counted(image_shape.channels, 'channel')}, but the encoder "
+                f"{self.url} takes {wanted}"
+            )
+        require_divisible(image_shape[:2], len(self.model.spec.channel_mults))
 
     @torch.no_grad()
     def embed(self, x_0: Tensor) -> Tensor:

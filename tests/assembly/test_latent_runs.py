@@ -27,7 +27,8 @@ from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.encoding_record import read_encoding
 from ddpm_ray.data.latent_codec import LatentCodec
-from ddpm_ray.data.packing import latent_packer
+from ddpm_ray.data.packing import encoded_packer
+from ddpm_ray.data.packing.latent_encoder import LatentEncoder
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.train import run_training
 from ddpm_ray.runs.training_data import check_model
@@ -213,13 +214,13 @@ def encoded_by_run(folder: Path) -> str:
         "autoencoder.channel_mults=[1,1]",
     ]
     config = load_config(RunConfig, None, [*keys, "autoencoder.latent_channels=2"])
-    autoencoder = trained_autoencoder(commit(initial_run(config), folder / "ae"))
+    encoder = LatentEncoder(trained_autoencoder(commit(initial_run(config), folder / "ae")))
     source = open_dataset(str(folder / "pixels"))
-    plan = latent_packer.make_encoding_plan(
-        source, str(folder / "latents"), autoencoder, EncodeConfig()
+    plan = encoded_packer.make_encoding_plan(
+        source, str(folder / "latents"), encoder, EncodeConfig()
     )
-    parts = [latent_packer.encode_shard(plan, n, autoencoder) for n in range(plan.shards)]
-    return latent_packer.finish_latents(plan, parts).url
+    parts = [encoded_packer.encode_shard(plan, n, encoder) for n in range(plan.shards)]
+    return encoded_packer.finish_encoded(plan, parts).url
 
 
 def test_an_autoencoder_for_a_model_without_one_is_refused(encoded: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ddpm_ray.config.jobs.pack import Encoding
 from ddpm_ray.data import shards
@@ -21,13 +22,19 @@ def write_captioned(
     captions: Sequence[Sequence[str]],
     shard_samples: int,
     encoding: Encoding = "raw",
+    *,
+    noise: bool = False,
 ) -> Dataset:
-    """Write a set whose sample n is the grey level n % 250, has label n % 7 and captions[n]."""
+    """Write a set whose sample n has label n % 7 and captions[n].
+
+    Its images are the grey levels n % 250, or noise.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, start in enumerate(range(0, len(captions), shard_samples)):
         numbers = range(start, min(start + shard_samples, len(captions)))
-        images = np.stack([np.full(SHAPE, n % 250, np.uint8) for n in numbers])
+        images = np.stack([_noise(n) if noise else np.full(SHAPE, n % 250) for n in numbers])
+        images = images.astype(np.uint8)
         texts, name = [captions[n] for n in numbers], shards.shard_name(number)
         data = shards.shard_bytes(
             images if encoding == "raw" else [encode_image(image, encoding) for image in images],
@@ -41,3 +48,7 @@ def write_captioned(
         rows.append(ShardRow(name, len(numbers), len(data), digest, *sums, captions=count))
     recipe = Recipe(SHAPE, encoding, "none", tuple("abcdefg"), "0" * 64, captioned=True)
     return write_index(str(folder), recipe, rows)
+
+
+def _noise(seed: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, 256, SHAPE)

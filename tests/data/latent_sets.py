@@ -18,7 +18,8 @@ from ddpm_ray.data.dataset import Dataset, open_dataset, write_index
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_sums import latent_sums
 from ddpm_ray.data.manifest import LatentShardRow, Recipe
-from ddpm_ray.data.packing import latent_packer
+from ddpm_ray.data.packing import encoded_packer
+from ddpm_ray.data.packing.latent_encoder import LatentEncoder
 from ddpm_ray.data.shards import Latents
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.interop import autoencoder_kl
@@ -95,13 +96,13 @@ def write_autoencoder(folder: Path, channels: int = 1, side: int = 8) -> Trained
 def encode_noise(folder: Path, images: int = 45, side: int = 8) -> str:
     """Write noise to pixels/, an autoencoder to autoencoder/, latents to latents/; their URL."""
     pack_noise(str(folder / "pixels"), images, side)
-    autoencoder = write_autoencoder(folder / "autoencoder", side=side)
+    encoder = LatentEncoder(write_autoencoder(folder / "autoencoder", side=side))
     source = open_dataset(str(folder / "pixels"))
-    plan = latent_packer.make_encoding_plan(
-        source, str(folder / "latents"), autoencoder, EncodeConfig(flipped=True)
+    plan = encoded_packer.make_encoding_plan(
+        source, str(folder / "latents"), encoder, EncodeConfig(flipped=True)
     )
-    encoded = [latent_packer.encode_shard(plan, n, autoencoder) for n in range(plan.shards)]
-    return latent_packer.finish_latents(plan, encoded).url
+    encoded = [encoded_packer.encode_shard(plan, n, encoder) for n in range(plan.shards)]
+    return encoded_packer.finish_encoded(plan, encoded).url
 
 
 def initial_run(config: RunConfig, **more: Any) -> TrainingState:

@@ -24,7 +24,8 @@ from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.dataset import Dataset, DatasetError
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
-from ddpm_ray.data.packing import latent_packer
+from ddpm_ray.data.packing import encoded_packer
+from ddpm_ray.data.packing.latent_encoder import LatentEncoder
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
@@ -55,6 +56,7 @@ class Linear:
     sha256: str = "b" * 64
     core_seconds: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    model: torch.nn.Module = field(default_factory=torch.nn.Identity)
 
     def latent_shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
         return KEPT, 1, 1
@@ -85,9 +87,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Dataset]:
 
 def encoded(pixels: Dataset, folder: Path, autoencoder: Linear) -> Dataset:
     options = EncodeConfig(batch_size=500)
-    plan = latent_packer.make_encoding_plan(pixels, str(folder), autoencoder, options)
-    shards = [latent_packer.encode_shard(plan, n, autoencoder) for n in range(plan.shards)]
-    return latent_packer.finish_latents(plan, shards)
+    encoder = LatentEncoder(autoencoder)
+    plan = encoded_packer.make_encoding_plan(pixels, str(folder), encoder, options)
+    shards = [encoded_packer.encode_shard(plan, n, encoder) for n in range(plan.shards)]
+    return encoded_packer.finish_encoded(plan, shards)
 
 
 def exact_denoiser(codec: LatentCodec) -> Denoiser:

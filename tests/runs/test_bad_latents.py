@@ -421,7 +421,7 @@ def test_what_cannot_be_encoded_is_named(places: Places, said: Said) -> None:
         (
             (places.of_latents, places.one_shard, "out"),
             WRONG_CONFIG,
-            "holds a denoiser, which has n",
+            "holds a denoiser, which encodes no images: name a run with task=autoenc",
         ),
     ):
         require_line(said(encode.JOB, *words), code, says)

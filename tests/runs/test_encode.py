@@ -11,6 +11,7 @@ import ray
 import torch
 
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.assembly.image_encoder_loading import image_encoder
 from ddpm_ray.cli.job import DONE, FAILED
 from ddpm_ray.cli.main import main
 from ddpm_ray.config.jobs.encode import EncodeConfig
@@ -20,12 +21,13 @@ from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.encoding_record import COST
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.data.loader import read_images
-from ddpm_ray.data.packing import latent_packer, packer
+from ddpm_ray.data.packing import encoded_packer, packer
 from ddpm_ray.jobs.encode import JOB
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.runs import encode as encoding
 from ddpm_ray.storage import object_store
+from tests.data.latent_sets import commit
 
 SPEC = AutoencoderSpec(1, 2, 4, (1, 1), 1, 2, middle_attention=False)
 
@@ -106,7 +108,7 @@ def test_an_actor_refuses_weights_that_changed(autoencoder: str) -> None:
         actor.ready()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray.init(
         address="local",
@@ -119,26 +121,36 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+def contrastive_run(folder: Path, source: Dataset) -> str:
+    """A contrastive run on the images of `source` that has not trained."""
+    pytest.importorskip("tokenizers", reason="needs the extra [text]")
+    from tests.runs.test_contrastive_scores import begun, config_on
+
+    return commit(begun(config_on(source), source), folder)
+
+
 @pytest.mark.ray
+@pytest.mark.parametrize("codec", ["latents", "embeddings"])
 def test_actors_write_what_one_process_writes(
-    cluster: None, autoencoder: str, tmp_path: Path
+    codec: str, cluster: None, autoencoder: str, tmp_path: Path
 ) -> None:
     source = digits(tmp_path / "digits", shards=5)
     config = EncodeConfig(batch_size=100)
-    loaded = trained_autoencoder(autoencoder)
-    plan = latent_packer.make_encoding_plan(source, str(tmp_path / "here"), loaded, config)
+    model = autoencoder if codec == "latents" else contrastive_run(tmp_path / "run", source)
+    loaded = image_encoder(model)
+    plan = encoded_packer.make_encoding_plan(source, str(tmp_path / "here"), loaded, config)
     with encoding.reproducible("cpu"):
-        encoded = [latent_packer.encode_shard(plan, n, loaded) for n in range(plan.shards)]
-    latent_packer.finish_latents(plan, encoded)
-    partly = latent_packer.make_encoding_plan(source, str(tmp_path / "ray"), loaded, config)
+        encoded = [encoded_packer.encode_shard(plan, n, loaded) for n in range(plan.shards)]
+    encoded_packer.finish_encoded(plan, encoded)
+    partly = encoded_packer.make_encoding_plan(source, str(tmp_path / "ray"), loaded, config)
     with encoding.reproducible("cpu"):
-        latent_packer.encode_shard(partly, 3, loaded)  # by a job that was then killed
+        encoded_packer.encode_shard(partly, 3, loaded)  # by a job that was then killed
     said: list[tuple[int, int, str]] = []
     result = encoding.encode_dataset(
-        autoencoder, source.url, str(tmp_path / "ray"), config, lambda *now: said.append(now)
+        model, source.url, str(tmp_path / "ray"), config, lambda *now: said.append(now)
     )
     assert len(said) == 5  # the start and 4 shards
     assert (said[0][0], said[-1][0]) == (360, 1797)
     assert said[-1][2].endswith(" images/s")
-    assert result.encoded == 1797 - 360
+    assert (result.encoded, result.dataset.manifest.codec) == (1797 - 360, codec)
     assert files(tmp_path / "ray") == files(tmp_path / "here")

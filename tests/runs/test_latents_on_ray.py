@@ -10,7 +10,8 @@ import pytest
 
 from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.packing import latent_packer
+from ddpm_ray.data.packing import encoded_packer
+from ddpm_ray.data.packing.latent_encoder import LatentEncoder
 from ddpm_ray.runs import encode as encoding
 from tests.data.latent_sets import TINY_UNET, encode_noise, write_autoencoder
 from tests.faults.lives import TINY_AUTOENCODER, Life, hashes
@@ -103,7 +104,7 @@ def test_an_autoencoder_survives_its_kills(tmp_path: Path) -> None:
 def test_an_encoding_survives_its_kills(tmp_path: Path) -> None:
     pixels = pack_squares(tmp_path / "pixels", 400)
     autoencoder, latents = tmp_path / "autoencoder", tmp_path / "latents"
-    loaded = write_autoencoder(autoencoder, side=24)
+    loaded = LatentEncoder(write_autoencoder(autoencoder, side=24))
     words = (pixels.url, str(latents), "flipped=true", "batch_size=100")
     for at in (1, 1000, 2000):
         killed = Job(tmp_path, words, "encode.py", str(autoencoder))
@@ -114,10 +115,10 @@ def test_an_encoding_survives_its_kills(tmp_path: Path) -> None:
     assert finished.code == 0, finished.reported
     assert finished.result["encoded"] < finished.result["samples"]
     options = EncodeConfig(flipped=True, batch_size=100)
-    plan = latent_packer.make_encoding_plan(pixels, str(tmp_path / "whole"), loaded, options)
+    plan = encoded_packer.make_encoding_plan(pixels, str(tmp_path / "whole"), loaded, options)
     with encoding.reproducible("cpu"):
-        encoded = [latent_packer.encode_shard(plan, n, loaded) for n in range(plan.shards)]
-    latent_packer.finish_latents(plan, encoded)
+        encoded = [encoded_packer.encode_shard(plan, n, loaded) for n in range(plan.shards)]
+    encoded_packer.finish_encoded(plan, encoded)
     assert files(latents) == files(tmp_path / "whole")
 
 

@@ -16,7 +16,7 @@ from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.jobs import tokenize_captions
 from ddpm_ray.runs.run_tokenizer import run_tokenizer
 from tests.data.captioned_sets import write_captioned
-from tests.data.test_latent_packing import pixels
+from tests.data.test_encoded_packing import pixels
 from tests.fixtures.job_script import refused
 
 CAPTIONS = [["a red apple", "fruit"], [], ["a green pear on a very long wooden table"], ["a pear"]]

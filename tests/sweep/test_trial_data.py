@@ -15,7 +15,8 @@ from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.encoding_record import EncodingCost
-from ddpm_ray.data.packing import latent_packer
+from ddpm_ray.data.packing import encoded_packer
+from ddpm_ray.data.packing.latent_encoder import LatentEncoder
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.models.unet import UNet
@@ -41,12 +42,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         autoencoder_kl.write_folder(
             place, spec, Autoencoder(spec).state_dict(), (8, 8), write_bytes
         )
-        encoder = replace(trained_autoencoder(str(place)), core_seconds=30.0)
-        plan = latent_packer.make_encoding_plan(
+        encoder = LatentEncoder(replace(trained_autoencoder(str(place)), core_seconds=30.0))
+        plan = encoded_packer.make_encoding_plan(
             open_dataset(str(folder / "pixels")), str(folder / name), encoder, EncodeConfig()
         )
-        shards = [latent_packer.encode_shard(plan, n, encoder) for n in range(plan.shards)]
-        latent_packer.finish_latents(plan, shards)
+        shards = [encoded_packer.encode_shard(plan, n, encoder) for n in range(plan.shards)]
+        encoded_packer.finish_encoded(plan, shards)
         encoding_record.write_cost(str(folder / name), "latents", EncodingCost(12.5, 30.0))
     return folder
 

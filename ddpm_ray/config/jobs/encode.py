@@ -1,4 +1,4 @@
-"""Options of encoding a data set to latents."""
+"""Options of encoding a data set to latents or embeddings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ EncodeDevice: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """One data set to encode to latents."""
+    """One data set to encode."""
 
     flipped: bool = option(
-        False, "also encode each image mirrored, for training with data.flip=true"
+        False, "also encode each image mirrored, to latents for training with data.flip=true"
     )
     batch_size: int = option(
         32,
-        "images per encoder call; bounds memory, and affects the last bits of the latents",
+        "images per encoder call; bounds memory, and affects the last bits of the result",
         at_least=1,
     )
     device: EncodeDevice = option(

@@ -11,7 +11,7 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
-from ddpm_ray.data.packing.latent_packer import encoded_shape
+from ddpm_ray.data.packing.latent_encoder import encoded_shape
 from ddpm_ray.runs.autoencoder_outputs import reconstruction_scores
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
