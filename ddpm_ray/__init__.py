@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def load(
-    uri: "str | PathLike[str]", device: str | None = None, *, autoencoder: str = ""
+    uri: "str | PathLike[str]",
+    device: str | None = None,
+    *,
+    autoencoder: str = "",
+    text_model: str = "",
 ) -> "TrainedModel":
     """A trained model; `.sample(16)` draws uint8 images [16, H, W, C] from its EMA weights.
 
@@ -20,18 +24,18 @@ def load(
     or `models:/<name>@<alias>`; the last two are looked up where $MLFLOW_TRACKING_URI says, or in
     ./mlflow.db, and they alone need MLflow installed. It lies on `device`, by default on a GPU
     where there is one. `autoencoder` is the URL of the autoencoder of a model of latents, if it
-    has moved since training. Raises ValueError for an invalid `uri` or `device`, and
-    CheckpointError, StorageError or TrackingError.
+    has moved since training, `text_model` that of a frozen text encoder. Raises ValueError for an
+    invalid `uri` or `device`, and CheckpointError, StorageError or TrackingError.
     """
     places = "a run's folder, one checkpoint's, runs:/<run id>/model or models:/<name>@<alias>"
     where = _text(uri, places)
     if where.startswith(("runs:/", "models:/")):
         from ddpm_ray.runs.load_model import load as load_from_mlflow
 
-        return load_from_mlflow(where, device, autoencoder=autoencoder)
+        return load_from_mlflow(where, device, autoencoder=autoencoder, text_model=text_model)
     from ddpm_ray.assembly.checkpoint_loading import trained_model
 
-    return trained_model(where, device, autoencoder=autoencoder)
+    return trained_model(where, device, autoencoder=autoencoder, text_model=text_model)
 
 
 def load_encoders(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedEncoders":

@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpm_ray.assembly import networks, other_libraries, run_config
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.diffusion import denoiser
+from ddpm_ray.assembly.frozen_text import bind_text_model
 from ddpm_ray.assembly.image_encoders import named_encoder
 from ddpm_ray.assembly.latents import bound_codec
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
@@ -49,25 +50,25 @@ def trained_model(
     ema: str = "ema",
     autoencoder: str = "",
     guides: Codec | None = None,
+    text_model: str = "",
 ) -> TrainedModel:
     """Load the model of the checkpoint at `url`, or of the newest checkpoint of a run's folder.
 
     The weights are the EMA group `ema` of the checkpoint. `url` may also be a local diffusers
     folder of a UNet2DModel or DiT with its scheduler, and with its autoencoder. `autoencoder` is
-    the URL of the autoencoder of a model of latents; empty: the one that the checkpoint names.
-    `guides` is the codec of a model that this one shall guide, and becomes its codec. Raises
-    CheckpointError if no checkpoint passes verification or that autoencoder is another one,
-    NewerFormatError for a codec of a later version, ConfigError for a classifier,
-    UnsupportedModelError for a diffusers model that our networks cannot represent, and ValueError
-    for an unusable device or a codec unlike `guides`.
+    the URL of the autoencoder of a model of latents; empty: the one that the checkpoint names;
+    `text_model` is that of its frozen text encoder. `guides` is the codec of a model that this one
+    shall guide, and becomes its codec. Raises CheckpointError if no checkpoint passes verification
+    or one of the two is another one, NewerFormatError for a codec of a later version, ConfigError
+    for a classifier, UnsupportedModelError for a diffusers model that our networks cannot
+    represent, and ValueError for an unusable device or a codec unlike `guides`.
     """
     device = usable_device(device)
     if diffusers_folders.holds_model(url):
-        if autoencoder:
-            raise ConfigError(
-                f"autoencoder is {autoencoder}, but {url} is a diffusers folder, which holds its "
-                "own: leave it out"
-            )
+        for key, given in (("autoencoder", autoencoder), ("text_model", text_model)):
+            if given:
+                said = f"{key} is {given}, but {url} is a diffusers folder, which holds its own"
+                raise ConfigError(f"{said}, if it has one: leave it out")
         model = _of_diffusers(Path(url), device)
         if guides is not None:
             require_same_x_0(guides, model.denoiser.codec)
@@ -83,17 +84,14 @@ def trained_model(
     codec = guides or bound_codec(facts, where, device, autoencoder)
     image_shape, tokenizer = ImageShape(*facts["image_shape"]), saved_tokenizer(facts, where)
     shape, variant = diffused_shape(codec, image_shape), run_config.saved_variant(facts, where)
-    network = networks.network(config, shape, variant, tokenizer)
+    frozen_text = run_config.saved_frozen_text(facts, tokenizer)
+    network = networks.network(config, shape, variant, tokenizer, frozen_text=frozen_text)
     network.load_state_dict(snapshot.tensors[ema])
+    network.to(device).eval().requires_grad_(False)
+    bind_text_model(network, facts, where, text_model)
+    encoder = named_encoder(config, facts, device, where)
     return TrainedModel(
-        denoiser(
-            config,
-            network.to(device).eval().requires_grad_(False),
-            device,
-            codec,
-            tokenizer,
-            named_encoder(config, facts, device, where),
-        ),
+        denoiser(config, network, device, codec, tokenizer, encoder),
         image_shape,
         weights_provenance(where, snapshot, ema),
         device=device,
@@ -106,6 +104,7 @@ def trained_model(
 def weights_provenance(where: str, snapshot: Snapshot, ema: str = "ema") -> dict[str, Any]:
     """Config, step and sha256 of the EMA weights of the checkpoint at `where`, as plain JSON."""
     facts = snapshot.facts
+    text = facts.get("text_encoder")
     return {
         "checkpoint": where,
         "step": snapshot.step,
@@ -113,6 +112,7 @@ def weights_provenance(where: str, snapshot: Snapshot, ema: str = "ema") -> dict
         "config": to_dict(run_config.saved_config(facts, where)),
         "data_fingerprint": facts["data_fingerprint"],
         "average": ema if ema != "ema" else facts.get("average"),  # None: the main EMA
+        **({"text_encoder_sha256": text["sha256"]} if text else {}),
         **run_config.run_history(facts),
     }
 
@@ -147,6 +147,7 @@ class TrainedWeights(NamedTuple):
     codec: CodecName = "pixels"  # what it was trained on
     autoencoder_sha256: str = ""  # of its latents; empty: of pixels, or unknown
     tokenizer_sha256: str = ""  # of its texts; empty: it takes no text
+    text_encoder_sha256: str = ""  # of one that is trained elsewhere; empty: it has none
 
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
@@ -179,12 +180,15 @@ def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
         snapshot.step,
         checkpoint_folder.weights_sha256(where, ema),
         snapshot.tensors[ema],
-        networks.network_spec(config, shape, variant, tokenizer),
+        networks.network_spec(
+            config, shape, variant, tokenizer, run_config.saved_frozen_text(facts, tokenizer)
+        ),
         config.task,
         config.objective,
         trained_on.name,
         trained_on.autoencoder_sha256 if isinstance(trained_on, LatentCodec) else "",
         tokenizer.sha256 if tokenizer else "",
+        facts.get("text_encoder", {}).get("sha256", ""),
     )
 
 

@@ -23,6 +23,7 @@ from ddpm_ray.models.interop.diffusers_schedulers import (
     settings_without_equivalent,
     to_sampling_scheduler,
 )
+from ddpm_ray.models.text_encoder import TextEncoder
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -90,20 +91,26 @@ def _write_parts_with_text(
 ) -> Export:
     """Write tokenizer, text encoder, scheduler and autoencoder; the network has no equivalent.
 
-    The text encoder is transformers' CLIPTextModel. Raises UnsupportedModelError, StorageError.
+    The text encoder is transformers' CLIPTextModel; one that is trained elsewhere is left where it
+    is. Raises UnsupportedModelError, StorageError.
     """
     network, tokenizer = model.denoiser.network, model.denoiser.takes.tokenizer
     assert isinstance(network, UNet | DiT)
     assert network.text is not None
     assert tokenizer is not None
     text, write = network.text.encoder, object_store.write_bytes
+    missing = [NO_UNET if isinstance(network, UNet) else NO_DIT]
+    parts: tuple[str, ...] = ("tokenizer",)
     scheduler = to_sampling_scheduler(facts, network.spec.image_channels, splits_variance=False)
-    missing = (NO_UNET if isinstance(network, UNet) else NO_DIT), *clip_text_limits(text.spec)
-    weights, start = text.state_dict(), tokenizer.start_token
-    write_clip_text(f"{folder}/text_encoder", text.spec, weights, start, write)
+    if isinstance(text, TextEncoder):
+        weights, start = text.state_dict(), tokenizer.start_token
+        write_clip_text(f"{folder}/text_encoder", text.spec, weights, start, write)
+        missing += clip_text_limits(text.spec)
+        parts = ("text_encoder", "tokenizer")
+    else:
+        missing.append("text encoder (it is trained elsewhere: text.model names it)")
     for name, content in tokenizer.for_transformers().items():
         write(f"{folder}/tokenizer/{name}", content.encode())
-    parts: tuple[str, ...] = ("text_encoder", "tokenizer")
     if autoencoder is not None:
         size, unscaled = model.image_shape[:2], autoencoder_kl.UNSCALED
         autoencoder_kl.write_folder(folder / "vae", *autoencoder, size, write, pipeline=unscaled)

@@ -8,6 +8,7 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.contrastive import ContrastiveEncoders
 from ddpm_ray.sampling.image_text import TrainedEncoders
+from ddpm_ray.storage import object_store
 from ddpm_ray.training import checkpoint_folder
 
 
@@ -39,3 +40,14 @@ def trained_encoders(
     sha256 = checkpoint_folder.weights_sha256(where, ema)
     core_s = facts.get("core_seconds")
     return TrainedEncoders(network, tokenizer, image_shape, where, sha256, core_s)
+
+
+def encoder_files(url: str) -> dict[str, str]:
+    """URLs of the files that `trained_encoders(url)` reads, by their names in one folder.
+
+    Raises CheckpointError if there is no checkpoint.
+    """
+    where, _ = newest_checkpoint(url)
+    return {
+        name: object_store.join(where, name) for name in checkpoint_folder.sampling_files(where)
+    }

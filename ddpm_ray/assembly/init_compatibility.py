@@ -52,7 +52,8 @@ def incompatibilities(
     yield from _other_inputs(found, spec, config, codec)
     theirs, sha256 = found.tokenizer_sha256, tokenizer.sha256 if tokenizer else ""
     rows = "text.token." if isinstance(spec, ContrastiveSpec) else "text.encoder.token."
-    if theirs and sha256 and theirs != sha256 and not _is_skipped(rows, config):
+    trained = not (config.text.frozen or found.text_encoder_sha256)  # has rows of its own
+    if trained and theirs and sha256 and theirs != sha256 and not _is_skipped(rows, config):
         yield (
             f"has the tokens of a tokenizer of sha256 {theirs[:12]}, and this run those of "
             f"{sha256[:12]}: begin a run of another name= with text.tokenizer= the tokenizer.json "
@@ -67,8 +68,13 @@ def incompatibilities(
             )
 
 
-def learned_anew(found: TrainedWeights, config: RunConfig, codec: Codec) -> Iterator[str]:
-    """Yield a line for what the model may have to learn again: its target, latents, inputs."""
+def learned_anew(
+    found: TrainedWeights, config: RunConfig, codec: Codec, text_encoder: str = ""
+) -> Iterator[str]:
+    """Yield a line for what the model may have to learn again: its target, latents, texts, inputs.
+
+    `text_encoder` is the sha256 of the run's text encoder, if that is trained elsewhere.
+    """
     theirs, ours = found.objective, config.objective.prediction
     if config.traits.draws_images and theirs is not None and theirs.prediction != ours:
         yield (
@@ -81,6 +87,12 @@ def learned_anew(found: TrainedWeights, config: RunConfig, codec: Codec) -> Iter
             f"was trained on latents of the autoencoder of sha256 {found.autoencoder_sha256[:12]}, "
             f"and this run is on those of {sha256[:12]}, which it has to learn"
         )
+    theirs_text, ours_text = found.text_encoder_sha256, text_encoder
+    if found.tokenizer_sha256 and theirs_text != ours_text:
+        yield (
+            f"was trained with {_text_encoder(theirs_text)}, and this run with "
+            f"{_text_encoder(ours_text)}, whose vectors it has to learn"
+        )
     if isinstance(found.spec, WITHOUT_IMAGES) or _skips_inputs(found.spec, config):
         return
     given = _conditions(config.objective)
@@ -90,6 +102,11 @@ def learned_anew(found: TrainedWeights, config: RunConfig, codec: Codec) -> Iter
             f"does not say which conditioning images its network sees; this run gives it "
             f"{' and '.join(given)}"
         )
+
+
+def _text_encoder(sha256: str) -> str:
+    """A text encoder in words; without `sha256` it is trained with its network."""
+    return f"the frozen text encoder of sha256 {sha256[:12]}" if sha256 else "its own text encoder"
 
 
 def first_layer(spec: UNetSpec | DiTSpec) -> str:

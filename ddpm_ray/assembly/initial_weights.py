@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ddpm_ray.assembly import checkpoint_loading, networks
 from ddpm_ray.assembly.checkpoint_loading import TrainedWeights
+from ddpm_ray.assembly.frozen_text import TextModel
 from ddpm_ray.assembly.init_compatibility import first_layer, incompatibilities, learned_anew
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
@@ -86,20 +87,23 @@ def check_initial_weights(
     image_shape: ImageShape,
     codec: Codec = PIXELS,
     tokenizer: Tokenizer | None = None,
+    text_model: TextModel | None = None,
 ) -> None:
     """Read the weights, check that they fit the network, and log what is taken from them.
 
-    `image_shape`, `codec` and `tokenizer` are those of the run's data. Raises ConfigError for
+    `image_shape`, `codec` and `tokenizer` are those of the run's data, `text_model` its text
+    encoder that is trained elsewhere. Raises ConfigError for
     another network or inputs of another meaning, and what `_read` and `matched` raise.
     """
-    found, spec = _read(source), networks.network_spec(config, image_shape, tokenizer=tokenizer)
+    found, text = _read(source), text_model.encoder.spec if text_model else None
+    spec = networks.network_spec(config, image_shape, tokenizer=tokenizer, frozen_text=text)
     where = sanitize(source.checkpoint)
     if lines := [*incompatibilities(found, spec, config, codec, tokenizer)]:
         raise ConfigError("\n".join(f"training.init_from: {where} {line}" for line in lines))
-    for line in learned_anew(found, config, codec):
+    for line in learned_anew(found, config, codec, text_model.sha256 if text_model else ""):
         log.warning("training.init_from: %s %s", where, line)
     with torch.device("meta"):
-        network = networks.network(config, image_shape, tokenizer=tokenizer)
+        network = networks.network(config, image_shape, tokenizer=tokenizer, frozen_text=text)
     taken = matched(network, found.tensors, config.training, source.checkpoint)
     log.info(
         "initial weights from %s (%s of step %d, sha256 %s): %s",

@@ -14,7 +14,7 @@ from ddpm_ray.models.contrastive import ContrastiveEncoders, ContrastiveSpec
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.layers import HO, Variant
 from ddpm_ray.models.prior import Prior, PriorSpec
-from ddpm_ray.models.text_encoder import TextEncoderSpec
+from ddpm_ray.models.text_encoder import FrozenTextSpec, TextEncoderSpec
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec, require_divisible
 
@@ -25,11 +25,13 @@ def network(
     variant: Variant = HO,
     tokenizer: Tokenizer | None = None,
     *,
+    frozen_text: FrozenTextSpec | None = None,
     gradient_checkpointing: bool = False,
 ) -> UNet | DiT | NoisyClassifier | Autoencoder | ContrastiveEncoders | Prior:
     """The network for images [H, W, C]; raises ValueError if H and W do not fit it.
 
-    `tokenizer` is that of its texts.
+    `tokenizer` is that of its texts, `frozen_text` the spec of a text encoder that is trained
+    elsewhere.
     """
     match config.task:
         case "autoencoder":
@@ -44,7 +46,7 @@ def network(
         case "classifier":  # the config has no other network than a U-Net
             return NoisyClassifier(unet_spec(config, image_shape, variant), image_shape[:2])
         case "denoiser":
-            of = denoiser_spec(config, image_shape, variant, tokenizer)
+            of = denoiser_spec(config, image_shape, variant, tokenizer, frozen_text)
             return denoiser_network(config, of, gradient_checkpointing)
         case never:
             assert_never(never)
@@ -67,6 +69,7 @@ def network_spec(
     image_shape: ImageShape,
     variant: Variant = HO,
     tokenizer: Tokenizer | None = None,
+    frozen_text: FrozenTextSpec | None = None,
 ) -> UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec | PriorSpec:
     """The spec of the network for images [H, W, C]; for a classifier, that of its U-Net.
 
@@ -78,7 +81,7 @@ def network_spec(
         return contrastive_spec(config, image_shape.channels, tokenizer)
     if config.architecture == "prior":
         return prior_spec(config, image_shape.channels, tokenizer)
-    return denoiser_spec(config, image_shape, variant, tokenizer)
+    return denoiser_spec(config, image_shape, variant, tokenizer, frozen_text)
 
 
 def prior_spec(config: RunConfig, embedding_width: int, tokenizer: Tokenizer | None) -> PriorSpec:
@@ -88,10 +91,14 @@ def prior_spec(config: RunConfig, embedding_width: int, tokenizer: Tokenizer | N
 
 
 def denoiser_spec(
-    config: RunConfig, image_shape: ImageShape, variant: Variant, tokenizer: Tokenizer | None
+    config: RunConfig,
+    image_shape: ImageShape,
+    variant: Variant,
+    tokenizer: Tokenizer | None,
+    frozen_text: FrozenTextSpec | None,
 ) -> UNetSpec | DiTSpec:
     """The spec of a denoiser's network for images [H, W, C]; raises ValueError as `unet_spec`."""
-    text = text_encoder_spec(config.text, tokenizer) if config.takes_text else None
+    text = text_spec(config.text, tokenizer, frozen_text) if config.takes_text else None
     match config.model.network:
         case "unet":
             unet = unet_spec(config, image_shape, variant)
@@ -118,6 +125,16 @@ def contrastive_spec(
         text_encoder_spec(config.text, tokenizer),
         learns_bias=wanted.loss == "sigmoid",
     )
+
+
+def text_spec(
+    config: TextConfig, tokenizer: Tokenizer | None, frozen: FrozenTextSpec | None
+) -> TextEncoderSpec | FrozenTextSpec:
+    """The spec of a denoiser's text; a frozen one that is not given is for checks of shapes."""
+    ours = text_encoder_spec(config, tokenizer)
+    if config.frozen:
+        return frozen or FrozenTextSpec(ours.width, ours.width, ours.null_tokens)
+    return ours
 
 
 def text_encoder_spec(config: TextConfig, tokenizer: Tokenizer | None) -> TextEncoderSpec:

@@ -13,7 +13,10 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.models.contrastive import ContrastiveEncoders
+from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.prior import Prior
+from ddpm_ray.models.text_encoder import FrozenTextSpec
+from ddpm_ray.models.unet import UNet
 from ddpm_ray.training.step_clock import StepClock
 from ddpm_ray.training.throughput import DeviceUse, peak_tflops
 
@@ -26,7 +29,7 @@ def training_operations(config: RunConfig, image_shape: ImageShape) -> int:
     A multiplication and its addition count as two. As usual for model FLOP utilisation (Chowdhery
     et al. 2022, arXiv:2204.02311, appendix B), only matrix products and convolutions count, and
     nothing that is computed twice: no recomputed activations, no self-conditioning pass. A
-    discriminator and the network of a perceptual loss do not count either.
+    discriminator, the network of a perceptual loss and a frozen text encoder do not count either.
     """
     height, width, channels = image_shape
     with torch.device("meta"):
@@ -48,7 +51,14 @@ def _forward(config: RunConfig, model: nn.Module, x: Tensor) -> None:
         model(x, torch.ones(1, dtype=torch.int64))
     else:
         takes = conditioning_spec(config)
+        text = model.spec.text if isinstance(model, UNet | DiT) else None
+        states, pooled = None, None
+        if isinstance(text, FrozenTextSpec):
+            states = torch.empty(1, len(text.null_tokens), text.width)
+            pooled = torch.empty(1, text.pooled_width)
         given = Conditioning(
+            text_states=states,
+            text_pooled=pooled,
             labels=torch.zeros(1, dtype=torch.int64) if takes.num_classes else None,
             estimate=x if takes.self_conditioning else None,
             low_resolution=x if takes.low_resolution_pixels else None,

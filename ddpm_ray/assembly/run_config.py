@@ -17,6 +17,7 @@ from ddpm_ray.data.latent_preview import PreviewMatrix
 from ddpm_ray.data.shard_index import CODECS
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.layers import Variant
+from ddpm_ray.models.text_encoder import FrozenTextSpec
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
 
 
@@ -77,6 +78,19 @@ def tokenizer_facts(tokenizer: Tokenizer | None) -> dict[str, Any]:
         return {}
     held = {"sha256": tokenizer.sha256, "length": tokenizer.length, "json": tokenizer.json}
     return {"tokenizer": held}
+
+
+def saved_frozen_text(
+    facts: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> FrozenTextSpec | None:
+    """The spec of the frozen text encoder of a checkpoint with these facts; None: it has none.
+
+    `tokenizer` is that of its texts.
+    """
+    held = facts.get("text_encoder")
+    if not held or tokenizer is None:
+        return None
+    return FrozenTextSpec(held["width"], held["pooled_width"], tokenizer.null_tokens)
 
 
 def saved_variant(facts: Mapping[str, Any], where: str = "") -> Variant:

@@ -14,6 +14,7 @@ from ddpm_ray.assembly.autoencoder import adversary, autoencoder_objective, auto
 from ddpm_ray.assembly.compilation import require_bf16
 from ddpm_ray.assembly.contrastive import contrastive_objective
 from ddpm_ray.assembly.diffusion import memory_format
+from ddpm_ray.assembly.frozen_text import bind_text_model
 from ddpm_ray.assembly.image_encoders import named_encoder
 from ddpm_ray.assembly.networks import network
 from ddpm_ray.collectives import Workers
@@ -61,13 +62,21 @@ def training_state(
     device: torch.device,
     facts: dict[str, Any],
 ) -> TrainingState:
-    """The initial training state; it depends on the config only, not on the machine."""
+    """The initial training state; it depends on the config only, not on the machine.
+
+    A text encoder that is trained elsewhere is loaded as the facts name it: CheckpointError.
+    """
     torch.manual_seed(config.seed)
     training = config.training
     checkpoints, tokenizer = training.gradient_checkpointing, run_config.saved_tokenizer(facts)
     model = network(
-        config, image_shape, tokenizer=tokenizer, gradient_checkpointing=checkpoints
+        config,
+        image_shape,
+        tokenizer=tokenizer,
+        frozen_text=run_config.saved_frozen_text(facts, tokenizer),
+        gradient_checkpointing=checkpoints,
     ).to(device)
+    bind_text_model(model, facts)
     model.to(memory_format=memory_format(training))  # type: ignore[call-overload]  # torch's stubs
     optimizer = optimization.optimizer(model, training)
     weighs = config.objective.timesteps == "second_moment"

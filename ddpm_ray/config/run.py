@@ -182,11 +182,8 @@ class RunConfig:
         traits = self.traits
         if traits.predicts_labels:
             yield from self._classifier_problems()
-        if (traits.embeds or traits.draws_embeddings) and not self.takes_text:
-            yield (
-                f"text.encoder is none; {traits.name} reads the captions of its images: set "
-                f"text.encoder=transformer"
-            )
+        if traits.embeds or traits.draws_embeddings:
+            yield from self._own_text_problems()
         if traits.draws_embeddings:
             yield from self._prior_problems()
         if self.task not in OF_TASKS["model"] and self.training.gradient_checkpointing:
@@ -220,6 +217,18 @@ class RunConfig:
         ):
             if value and not fits:
                 yield f"{key} is {value}; {traits.name} draws no images: set it to 0"
+
+    def _own_text_problems(self) -> Iterator[str]:
+        if not self.takes_text:
+            yield (
+                f"text.encoder is none; {self.traits.name} reads the captions of its images: set "
+                f"text.encoder=transformer"
+            )
+        if self.text.frozen:
+            yield (
+                f"text.encoder is {self.text.encoder}; {self.traits.name} trains its own: set "
+                f"text.encoder=transformer"
+            )
 
     def _prior_problems(self) -> Iterator[str]:
         """Yield a line for each option of the objective that only images have."""

@@ -8,7 +8,12 @@ from ddpm_ray.config.option_fields import option, shown
 
 FEWEST_TOKENS = 256 + 2  # of a trained tokenizer: one for each byte, the start and the end
 SHORTEST_TEXT = 3  # tokens: its start, one of a word, its end
-TextEncoderKind: TypeAlias = Literal["none", "transformer"]
+FrozenTextKind: TypeAlias = Literal["contrastive"]
+TextEncoderKind: TypeAlias = Literal["none", "transformer", "contrastive"]
+FROZEN: dict[TextEncoderKind, str] = {  # what text.model is an example of
+    "contrastive": "runs/encoders",
+}
+MOVED_TEXT_MODEL = "URL of a frozen text encoder, if it has moved since training"
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,14 @@ class TextConfig:
 
     encoder: TextEncoderKind = option(
         "none",
-        "text encoder; none: images without text; transformer: CLIP's, trained with the network",
+        "text encoder; none: images without text; transformer: CLIP's, trained with the network; "
+        "contrastive: that of a run with task=contrastive, frozen",
         defines_run=True,
+    )
+    model: str = option(
+        "",
+        "frozen text encoder: folder or URL of its run or checkpoint; a continued run may name "
+        "another place of the same model",
     )
     tokenizer: str = option(
         "",
@@ -38,14 +49,37 @@ class TextConfig:
     depth: int = option(4, "transformer: number of blocks", at_least=1, defines_run=True)
     heads: int = option(4, "transformer: heads of each attention", at_least=1, defines_run=True)
 
+    @property
+    def frozen(self) -> FrozenTextKind | None:
+        """The kind of a text encoder that is trained elsewhere; None: ours, or none."""
+        match self.encoder:
+            case "none" | "transformer":
+                return None
+            case kind:
+                return kind
+
     def problems(self) -> Iterator[str]:
         """Yield a line for sizes that do not fit together, and for options without an encoder."""
         if self.width % self.heads:
             yield (f"text.width is {self.width}; it must be a multiple of text.heads {self.heads}")
-        if self.encoder == "none":
-            for item in fields(self):
-                if (value := getattr(self, item.name)) != item.default:
-                    yield (
-                        f"text.{item.name} is {shown(value)}, which text.encoder=none does not "
-                        f"read; leave it out, or set text.encoder=transformer"
-                    )
+        if self.frozen and not self.model:
+            yield (
+                f"text.model is empty; text.encoder={self.encoder} takes a text encoder that is "
+                f"trained elsewhere: name it, as in text.model={FROZEN[self.frozen]}"
+            )
+        for item in fields(self):
+            if (value := getattr(self, item.name)) == item.default or item.name == "encoder":
+                continue
+            given = f"text.{item.name} is {shown(value)}, which"
+            if self.encoder == "none":
+                yield (
+                    f"{given} text.encoder=none does not read; leave it out, or set "
+                    f"text.encoder={'contrastive' if item.name == 'model' else 'transformer'}"
+                )
+            elif self.encoder == "transformer" and item.name == "model":
+                yield (
+                    f"{given} text.encoder=transformer does not read: it is trained with the "
+                    f"network; leave it out, or set text.encoder={' or '.join(FROZEN)}"
+                )
+            elif self.frozen and item.name != "model":
+                yield f"{given} the model of text.model defines; leave it out"

@@ -49,7 +49,12 @@ def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.sampling.image_grid import grid
     from ddpm_ray.sampling.image_io import write_picture
 
-    model = load_model.load(arguments.model_uri, home=home_folder(), autoencoder=config.autoencoder)
+    model = load_model.load(
+        arguments.model_uri,
+        home=home_folder(),
+        autoencoder=config.autoencoder,
+        text_model=config.text_model,
+    )
     started = time.perf_counter()
     images, measured = edited_files(config, model, arguments.image, arguments.mask)
     write_picture(arguments.out, grid(images) if len(images) > 1 else from_pixels(images[0], 0))

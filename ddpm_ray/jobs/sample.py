@@ -36,7 +36,9 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.sampling import gif, image_grid, image_io
 
     settings, home = config.sampling, home_folder()
-    model = load_model.load(arguments.model_uri, home=home, autoencoder=config.autoencoder)
+    model = load_model.load(
+        arguments.model_uri, home=home, autoencoder=config.autoencoder, text_model=config.text_model
+    )
     model = load_model.configured(model, settings, config.guidance, home=home)
     image_grid.require_memory("num_images", config.num_images, model.image_shape)
     calls = -(-config.num_images // settings.batch_size) * (len(model.timesteps) - 1)

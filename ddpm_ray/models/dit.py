@@ -27,7 +27,7 @@ from ddpm_ray.models.layers import (
     zero_init,
 )
 from ddpm_ray.models.loss_uncertainty import LogVariance
-from ddpm_ray.models.text_encoder import TextEncoderSpec, TextInput
+from ddpm_ray.models.text_encoder import FrozenTextSpec, TextEncoderSpec, TextInput
 
 NORM_EPS = 1e-6  # of all layer norms, in the paper's code
 FREQUENCIES = 256  # sines and cosines of t, the inputs of its MLP, in the paper's code
@@ -52,7 +52,7 @@ class DiTSpec:
     condition_channels: int = 0  # of the conditioning images, all together
     learns_variance: bool = False
     mlp_norm_eps: float = NORM_EPS  # of the norm before each MLP; 1e-5 in weights of diffusers
-    text: TextEncoderSpec | None = None  # None: no text
+    text: TextEncoderSpec | FrozenTextSpec | None = None  # None: no text
     embedding_width: int = 0  # of image embeddings; 0: none
 
     @property

@@ -1,27 +1,29 @@
 """CLIP's text encoder: a causal transformer (Radford et al. 2021, arXiv:2103.00020).
 
 It has the function and the sizes of `CLIPTextModel` of transformers, so that its weights can be
-taken from such a model and given back. B: batch; L: tokens; W: width.
+taken from such a model and given back. B: batch; L: tokens; W: width of their vectors; E: width of
+the vector of the whole text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_ray.diffusion.conditioning import NO_TEXT, Conditioning
-from ddpm_ray.models.layers import dense, in_heads, zero_init
+from ddpm_ray.models.layers import as_weights, dense, in_heads, zero_init
 
 
 class EncodedText(NamedTuple):
     """Texts as a network takes them."""
 
     states: Tensor  # [B, L, W], one vector for each token
-    pooled: Tensor  # [B, W], the vector of the end token, which follows the whole text
+    pooled: Tensor  # [B, E], the vector of the whole text; ours is that of its end token, E = W
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class TextEncoderSpec:
         """L, the number of tokens of each text."""
         return len(self.null_tokens)
 
+    @property
+    def pooled_width(self) -> int:
+        """E."""
+        return self.width
+
     def require_consistent(self) -> None:
         """Validate the sizes and token numbers. Raises ValueError."""
         if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads:
@@ -58,6 +65,36 @@ class TextEncoderSpec:
                 f"null_tokens are {list(self.null_tokens)} and end_token is {self.end_token}; "
                 f"null_tokens must hold end_token, and all lie in 0..{self.vocabulary - 1}"
             )
+
+
+@dataclass(frozen=True)
+class FrozenTextSpec:
+    """Sizes of a text encoder that is trained elsewhere (frozen_text.py)."""
+
+    width: int  # W
+    pooled_width: int  # E
+    null_tokens: tuple[int, ...]  # [L], the text "" as the tokenizer writes it
+
+    def require_length(self, tokens: Tensor) -> None:
+        """Raise ValueError unless tokens are [B, L]."""
+        _require_length(tokens, len(self.null_tokens))
+
+
+class EncodesText(Protocol):
+    """Encodes the texts of a network."""
+
+    @property
+    def null_tokens(self) -> Tensor:
+        """int64 [L], the text ""."""
+        ...
+
+    def __call__(self, tokens: Tensor) -> EncodedText:
+        """Encode tokens [B, L]."""
+        ...
+
+    def to(self, device: torch.device) -> object:
+        """Move it to `device`."""
+        ...
 
 
 class TextEncoder(nn.Module):
@@ -84,10 +121,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> EncodedText:
         """Encode tokens [B, L]. Raises ValueError for another length than the spec's."""
-        if tokens.ndim != 2 or tokens.shape[1] != self.spec.length:
-            raise ValueError(
-                f"tokens are {list(tokens.shape)}; this text encoder takes [B, {self.spec.length}]"
-            )
+        _require_length(tokens, self.spec.length)
         tokens = torch.where(tokens == NO_TEXT, self.null_tokens, tokens)
         h = self.token(tokens) + self.position.weight
         for block in self.blocks:
@@ -103,31 +137,58 @@ class TextInput(nn.Module):
 
     The pooled text is projected and added to the embedding of t (Nichol et al. 2021, "GLIDE",
     arXiv:2112.10741, section 2.3). The projection is 0 at first, so that a network that was trained
-    without text can continue with it.
+    without text can continue with it. With a FrozenTextSpec it has no encoder until `bind`.
     """
 
-    def __init__(self, spec: TextEncoderSpec, embedding_width: int) -> None:
+    encoder: EncodesText | None
+
+    def __init__(self, spec: TextEncoderSpec | FrozenTextSpec, embedding_width: int) -> None:
         super().__init__()
-        self.encoder = TextEncoder(spec)
-        self.pooled = nn.Linear(spec.width, embedding_width)
+        self.encoder = TextEncoder(spec) if isinstance(spec, TextEncoderSpec) else None
+        self.pooled = nn.Linear(spec.pooled_width, embedding_width)
         zero_init(self.pooled)
+
+    def bind(self, encoder: EncodesText) -> None:
+        """Encode texts by `encoder`, which is trained elsewhere and no part of the network."""
+        self.encoder = encoder
+        encoder.to(self.pooled.weight.device)
+
+    def encode(self, tokens: Tensor | None, batch_size: int) -> EncodedText:
+        """Encode tokens [B, L], in the dtype of the weights; without tokens, B times ""."""
+        if self.encoder is None:
+            raise ValueError("this network has no text encoder yet: bind the one of its run")
+        if tokens is None:
+            tokens = self.encoder.null_tokens.expand(batch_size, -1)
+        states, pooled = self.encoder(tokens)
+        return EncodedText(as_weights(states, self.pooled), as_weights(pooled, self.pooled))
 
     def encoded(self, conditioning: Conditioning) -> Conditioning:
         """`conditioning` with its texts encoded, for many calls with the same texts."""
-        if conditioning.tokens is None:
+        tokens = conditioning.tokens
+        if tokens is None:
             return conditioning
-        states, pooled = self.encoder(conditioning.tokens)
+        states, pooled = self.encode(tokens, len(tokens))
         return replace(conditioning, tokens=None, text_states=states, text_pooled=pooled)
 
     def forward(self, conditioning: Conditioning, batch_size: int) -> EncodedText:
-        """The vectors [B, L, W] and the projected pooled text [B, E]; without a text: of ""."""
+        """The vectors [B, L, W] and the projected pooled text; without a text: of ""."""
         states, pooled = conditioning.text_states, conditioning.text_pooled
         if states is None or pooled is None:
-            tokens = conditioning.tokens
-            if tokens is None:
-                tokens = self.encoder.null_tokens.expand(batch_size, -1)
-            states, pooled = self.encoder(tokens)
+            states, pooled = self.encode(conditioning.tokens, batch_size)
         return EncodedText(states, self.pooled(pooled))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move an encoder that is no part of the network with it; its dtype stays."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's stubs
+        if self.encoder is not None and not isinstance(self.encoder, nn.Module):
+            self.encoder.to(self.pooled.weight.device)
+        return self
+
+
+def _require_length(tokens: Tensor, length: int) -> None:
+    """Raise ValueError unless tokens are [B, length]."""
+    if tokens.ndim != 2 or tokens.shape[1] != length:
+        raise ValueError(f"tokens are {list(tokens.shape)}; this text encoder takes [B, {length}]")
 
 
 class BlockSizes(Protocol):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ddpm_ray.models.layers import HO, Variant
-from ddpm_ray.models.text_encoder import TextEncoderSpec
+from ddpm_ray.models.text_encoder import FrozenTextSpec, TextEncoderSpec
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class UNetSpec:
     condition_channels: int = 0  # of the conditioning images, all together
     learns_variance: bool = False
     variant: Variant = HO  # details in which published networks differ
-    text: TextEncoderSpec | None = None  # None: no text
+    text: TextEncoderSpec | FrozenTextSpec | None = None  # None: no text
     embedding_width: int = 0  # of image embeddings; 0: none
 
     @property

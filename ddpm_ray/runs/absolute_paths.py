@@ -23,7 +23,9 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
             autoencoder=object_store.absolute(config.data.autoencoder, home),
         ),
         text=dataclasses.replace(
-            config.text, tokenizer=object_store.absolute(config.text.tokenizer, home)
+            config.text,
+            model=object_store.absolute(config.text.model, home),
+            tokenizer=object_store.absolute(config.text.tokenizer, home),
         ),
         embedding=dataclasses.replace(
             config.embedding, encoder=object_store.absolute(config.embedding.encoder, home)

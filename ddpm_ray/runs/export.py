@@ -39,7 +39,9 @@ def _export(
                 f"{', '.join(given)}: an autoencoder is exported without options: leave them out"
             )
         return _export_autoencoder(model_uri, out)
-    model = load_model.load(model_uri, home=home, autoencoder=config.autoencoder)
+    model = load_model.load(
+        model_uri, home=home, autoencoder=config.autoencoder, text_model=config.text_model
+    )
     model = checkpoint_loading.with_sampling(model, config.sampling)
     export = diffusers_export.write_diffusers(model, config.sampling, out)
     found = model.provenance

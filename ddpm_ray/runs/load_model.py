@@ -34,17 +34,21 @@ def load(
     tracking_uri: str = "",
     home: Path | None = None,
     autoencoder: str = "",
+    text_model: str = "",
 ) -> TrainedModel:
     """Load the model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
 
     The latter two are looked up at `tracking_uri`; if it is empty, at the default of
     `resolve_tracking_uri` for `home` or the working directory. `autoencoder` is the URL of the
-    autoencoder of a model of latents, if it has moved. Raises CheckpointError, StorageError,
+    autoencoder of a model of latents, `text_model` that of a frozen text encoder, if it has moved.
+    Raises CheckpointError, StorageError,
     TrackingError.
     """
     device = usable_device(device)  # fail before a download
     with _local(uri, home or Path.cwd(), tracking_uri) as folder:
-        return checkpoint_loading.trained_model(folder, device, autoencoder=autoencoder)
+        return checkpoint_loading.trained_model(
+            folder, device, autoencoder=autoencoder, text_model=text_model
+        )
 
 
 class SamplingJob(Checked, Protocol):
@@ -67,8 +71,9 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
     """Return `config` with the sampling settings of the run at `uri`, except the `given` keys.
 
     RePaint uses the ancestral sampler unless `given` says otherwise. Label names become numbers.
-    Folders of guidance models and of the autoencoder are relative to `home`. The next `load` reuses
-    a download from MLflow. Raises ConfigError for invalid combinations, and what `load` raises.
+    Folders of guidance models, autoencoder and text encoder are relative to `home`. The next `load`
+    reuses a download from MLflow. Raises ConfigError for invalid combinations, and what `load`
+    raises.
     """
     with _local(uri, home, keep=True) as folder:
         run, facts = checkpoint_loading.run_facts(folder)
@@ -95,8 +100,9 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
             for place in (guidance.autoguidance_model, guidance.classifier)
         )
         changes["guidance"] = replace(guidance, autoguidance_model=weak, classifier=classifier)
-    if place := getattr(config, "autoencoder", ""):
-        changes["autoencoder"] = object_store.absolute(place, home)
+    for key in ("autoencoder", "text_model"):
+        if place := getattr(config, key, ""):
+            changes[key] = object_store.absolute(place, home)
     config = replace(cast(Any, config), **changes)
     if problems := [*config.problems(), *config.sampling_problems()]:
         raise ConfigError("\n".join(problems))

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import torch
 
 from ddpm_ray.assembly import networks
+from ddpm_ray.assembly.frozen_text import TextModel
 from ddpm_ray.config.reading.option_text import value_text
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
@@ -31,17 +32,18 @@ def run_description(
     tokenizer: Tokenizer | None,
     continued_by: str,
     scores: Mapping[str, Any],
+    text_model: TextModel | None = None,
 ) -> str:
     """Describe the run in `folder`; `scores` as stored in its checkpoints, empty before the first.
 
-    `tokenizer` is that of its texts. `continued_by` is the command that continues it; empty: that
-    of its sweep.
+    `tokenizer` is that of its texts, `text_model` its frozen text encoder. `continued_by` is the
+    command that continues it; empty: that of its sweep.
     """
     training, cluster = config.training, config.cluster
     lines = _scores(scores) if scores else []  # first: MLflow's page folds the rest
     lines += [
         data_line(config.data.url, dataset),
-        *_model_lines(config, dataset.manifest.diffused_shape, tokenizer),
+        *_model_lines(config, dataset.manifest.diffused_shape, tokenizer, text_model),
         f"**Training** {training_length(training)}, "
         f"global_batch_size {training.global_batch_size}, "
         f"learning rate {training.learning_rate:g}, {training.precision}, seed {config.seed}, "
@@ -62,11 +64,15 @@ def training_length(training: TrainingConfig) -> str:
 
 
 def _model_lines(
-    config: RunConfig, image_shape: ImageShape, tokenizer: Tokenizer | None
+    config: RunConfig,
+    image_shape: ImageShape,
+    tokenizer: Tokenizer | None,
+    text_model: TextModel | None,
 ) -> list[str]:
     """Describe the network for images [H, W, C] and what it is trained for."""
+    text_spec = text_model.encoder.spec if text_model else None
     with torch.device("meta"):
-        network = networks.network(config, image_shape, tokenizer=tokenizer)
+        network = networks.network(config, image_shape, tokenizer=tokenizer, frozen_text=text_spec)
     count = sum(parameter.numel() for parameter in network.parameters())
     if isinstance(network, Autoencoder):
         wanted, spec = config.autoencoder, network.spec
@@ -112,7 +118,13 @@ def _model_lines(
         diffusion,
         f"**Network** {config.task}, {model.network}, {count:,} parameters, {labels}: "
         + ", ".join(f"{name} {value_text(value)}" for name, value in model.shown_sizes.items()),
+        *([_text_encoder_line(text_model)] if text_model else []),
     ]
+
+
+def _text_encoder_line(model: TextModel) -> str:
+    """Name a frozen text encoder."""
+    return f"**Text encoder** {code(model.url)}, {model.kind}, frozen, sha256 {model.sha256[:12]}"
 
 
 def data_line(url: str, dataset: Dataset) -> str:

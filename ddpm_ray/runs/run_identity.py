@@ -1,7 +1,8 @@
 """Identity of a run or sweep: a random id and its first config, stored in its folder.
 
     <folder>/run.json            {"identity", "folder", "config" or "sweep", "data_fingerprint",
-                                 "version": of ddpm_ray, "init_from": initial weights, if any}
+                                 "version": of ddpm_ray, "init_from": initial weights, if any,
+                                 "text_encoder": one that is trained elsewhere, if any}
     <folder>/claims/<id>.json    in a bucket: the proposal of each driver that started it at once
 
 The MLflow run is found by the identity, so drivers that start a new name at once must agree on one.
@@ -98,7 +99,7 @@ def _from_checkpoints(folder: str) -> dict[str, Any] | None:
         "config": facts["config"],
         "data_fingerprint": facts["data_fingerprint"],
         "version": facts.get("version", ""),
-        **({"init_from": facts["init_from"]} if "init_from" in facts else {}),
+        **{key: facts[key] for key in ("init_from", "text_encoder") if key in facts},
     }
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddpm_ray.assembly import data_order, initial_weights, run_config
+from ddpm_ray.assembly.frozen_text import TextModel
 from ddpm_ray.assembly.image_encoders import encoder_problem
 from ddpm_ray.assembly.initial_weights import InitialWeights
-from ddpm_ray.config.loading import to_dict
+from ddpm_ray.config.loading import ConfigError, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.dataset_codec import codec_of
@@ -37,10 +38,7 @@ def settled_config(config: RunConfig, dataset: Dataset, folder: str) -> RunConfi
     These are those of the run in `folder`, or defaults for a new one. Warns if several workers read
     each shard. Raises ConfigError for a stored config that this version cannot read.
     """
-    stored = run_identity.stored_identity(folder)
-    if not stored:  # a new run, or its identity is lost
-        found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
-        stored = found[1].facts if found else {}
+    stored = stored_start(folder)
     if "config" in stored:
         config = data_order.continued(config, run_config.saved_config(stored))
     config = run_config.for_images(config, dataset.manifest.diffused_shape)
@@ -50,17 +48,30 @@ def settled_config(config: RunConfig, dataset: Dataset, folder: str) -> RunConfi
     return config
 
 
+def stored_start(folder: str) -> dict[str, Any]:
+    """The identity of the run in `folder` or, if that is lost, the facts of its checkpoint.
+
+    Empty for a new run.
+    """
+    if stored := run_identity.stored_identity(folder):
+        return stored
+    found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
+    return found[1].facts if found else {}
+
+
 def begin_run(
     config: RunConfig,
     dataset: Dataset,
     folder: str,
     tokenizer: Tokenizer | None = None,
     encoder: Mapping[str, Any] | None = None,
+    text_model: TextModel | None = None,
 ) -> RunStart:
     """Claim the run in `folder` and find what `config` continues or begins from.
 
-    `tokenizer` is that of its texts, `encoder` the facts of its image encoder. Raises ConfigError
-    if another run is there, and the errors of `initial_weights.py` for a new run's weights.
+    `tokenizer` is that of its texts, `encoder` the facts of its image encoder, `text_model` a text
+    encoder that is trained elsewhere. Raises ConfigError if another run is there, and the errors of
+    `initial_weights.py` for a new run's weights.
     """
     shape = dataset.manifest.diffused_shape
     found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
@@ -76,6 +87,8 @@ def begin_run(
         return lines
 
     begun = {"config": to_dict(config), "data_fingerprint": dataset.fingerprint}
+    if text_model is not None:
+        begun["text_encoder"] = text_model.facts()
     if facts is not None:
         identity = claim(folder, begun, changed_keys)
         made = run_config.run_changes(config, facts, shape)
@@ -83,16 +96,32 @@ def begin_run(
             log.info("change: %s", run_config.changes_text([one]))
         return RunStart(identity, facts["step"], run_config.run_history(facts | {"changes": made}))
     if not config.training.init_from:
-        return RunStart(claim(folder, begun, changed_keys))
+        identity = claim(folder, begun, changed_keys)
+        _require_agreement(folder, text_model)
+        return RunStart(identity)
     known = run_identity.stored_identity(folder).get("init_from")
     source = (
         InitialWeights(**known) if known else initial_weights.find_initial_weights(config.training)
     )
     initial_weights.check_initial_weights(
-        source, config, shape, codec_of(dataset.manifest), tokenizer
+        source, config, shape, codec_of(dataset.manifest), tokenizer, text_model
     )
     identity = claim(folder, begun | {"init_from": vars(source)}, changed_keys)
+    _require_agreement(folder, text_model)
     # Of drivers that start at once, the first one's choice counts; another may have found a later
     # checkpoint.
     source = InitialWeights(**run_identity.stored_identity(folder)["init_from"])
     return RunStart(identity, 0, {"init_from": vars(source)}, source)
+
+
+def _require_agreement(folder: str, text_model: TextModel | None) -> None:
+    """Raise ConfigError if another driver that started at once found another text encoder.
+
+    The run that trains it may have committed a checkpoint in between.
+    """
+    stored = run_identity.stored_identity(folder).get("text_encoder")
+    if text_model and stored and stored["sha256"] != text_model.sha256:
+        raise ConfigError(
+            f"text.model: {text_model.url} is not the checkpoint that another driver found when it "
+            f"started this run at once: run the same command again"
+        )

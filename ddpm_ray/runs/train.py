@@ -13,7 +13,6 @@ from ddpm_ray.assembly.image_encoders import settled_embedding
 from ddpm_ray.config.loading import flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
@@ -26,7 +25,7 @@ from ddpm_ray.runs.run_description import (
 )
 from ddpm_ray.runs.run_start import RunStart, begin_run, settled_config
 from ddpm_ray.runs.run_tags import history_tags, run_tags
-from ddpm_ray.runs.run_tokenizer import run_tokenizer, text_settings
+from ddpm_ray.runs.run_text_model import RunTexts, run_texts
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.runs.training_data import checked_data
 from ddpm_ray.storage import object_store
@@ -105,10 +104,10 @@ def run_training(
     dataset, seen = checked_data(config)
     folder = object_store.join(config.storage, config.name)
     config, encoder = settled_embedding(settled_config(config, dataset, folder), dataset)
-    tokenizer = run_tokenizer(config, dataset, folder)
-    of_data = {**encoder, **text_settings(config, dataset, tokenizer), "fingerprints": seen}
-    start = begin_run(config, dataset, folder, tokenizer, encoder)
-    describe = _describer(config, dataset, folder, tokenizer, parent)
+    texts = run_texts(config, dataset, folder)
+    of_data = {**encoder, **texts.settings, "fingerprints": seen}
+    start = begin_run(config, dataset, folder, texts.tokenizer, encoder, texts.model)
+    describe = _describer(config, dataset, folder, texts, parent)
     metadata = _metadata(config, dataset, start, parent, describe({}))
     tracked, lease = _tracked(metadata), None
     try:
@@ -153,12 +152,13 @@ def _describer(
     config: RunConfig,
     dataset: Dataset,
     folder: str,
-    tokenizer: Tokenizer | None,
+    texts: RunTexts,
     parent: ParentSweep | None,
 ) -> Callable[[Mapping[str, Any]], str]:
     """The description of the run as a function of its scores."""
     own = "" if parent else own_command()
-    return partial(run_description, config, dataset, folder, tokenizer, own)
+    described = partial(run_description, config, dataset, folder, texts.tokenizer, own)
+    return partial(described, text_model=texts.model)
 
 
 def _metadata(

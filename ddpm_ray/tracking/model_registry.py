@@ -15,7 +15,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from ddpm_ray.assembly import image_encoders, latents
+from ddpm_ray.assembly import frozen_text, image_encoders, latents
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
@@ -32,8 +32,9 @@ CHAMPION = "champion"  # alias of the best version of a registered model
 def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
     """Log the checkpoint folder as the run's model `model`: its files, without pickle or code.
 
-    A model of latents is logged with its autoencoder, so that it loads on any machine. If the
-    autoencoder has moved or changed, a warning says so, and the model is logged without it.
+    A model of latents is logged with its autoencoder, and a model of texts with a text encoder that
+    is trained elsewhere, so that it loads on any machine. If one has moved or changed, a warning
+    says so, and the model is logged without it.
     `loader_module` is the module of this package whose `_load_pyfunc(folder)` loads it. Does
     nothing if the run has a model already.
     """
@@ -58,11 +59,12 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
 
 
 def _add_encoders(folder: Path) -> None:
-    """Add the autoencoder of its latents and its image encoder to the copy of a checkpoint."""
+    """Add to the copy of a checkpoint its autoencoder, image encoder and frozen text encoder."""
     facts = read_checkpoint(str(folder), groups=()).facts
     for copy, name, use in (
         (latents.copy_autoencoder, latents.AUTOENCODER_COPY, "load it with autoencoder=URL"),
         (image_encoders.copy_image_encoder, image_encoders.ENCODER_COPY, "it makes no variations"),
+        (frozen_text.copy_text_model, frozen_text.TEXT_ENCODER_COPY, "load it with text_model=URL"),
     ):
         try:
             copy(facts, folder)

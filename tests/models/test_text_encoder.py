@@ -139,7 +139,7 @@ def test_encoded_texts_replace_their_tokens(network: nn.Module) -> None:
     """Texts that were encoded before give the same output, and cannot be removed any more."""
     text = network.text
     assert isinstance(text, TextInput)
-    states, pooled = text.encoder(TOKENS)
+    states, pooled = text.encode(TOKENS, 3)
     encoded = Conditioning(text_states=states, text_pooled=pooled)
     expected = network(X_T.double(), T, Conditioning(tokens=TOKENS))
     assert torch.equal(network(X_T.double(), T, encoded), expected)

@@ -36,6 +36,7 @@ from ddpm_ray.assembly import (
     wrapping,
 )
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.assembly.frozen_text import text_facts, text_model
 from ddpm_ray.assembly.image_encoders import settled_embedding
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
@@ -125,6 +126,10 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
         (*TEXT, "objective.label_dropout=0.5", "embedding.encoder=ENCODERS", *FLIPPED),
     ),
     "text": ("captioned", (*TEXT, "objective.label_dropout=0.4")),
+    "frozen text": (
+        "captioned",
+        ("text.encoder=contrastive", "text.model=ENCODERS", "objective.label_dropout=0.4"),
+    ),
     "contrastive": ("captioned", (CONTRASTIVE,)),
     "infonce": ("captioned", (CONTRASTIVE, "contrastive.loss=infonce")),
 }
@@ -276,10 +281,13 @@ def with_tokens(
 
 
 def captions_facts(config: RunConfig) -> dict[str, Any]:
-    """The facts on the tokenizer of a run with text."""
+    """The facts on tokenizer and frozen text encoder of a run with text."""
     if not config.takes_text:
         return {}
     pytest.importorskip("tokenizers", reason="needs the extra [text]")
+    if config.text.frozen:
+        model = text_model(config.text.frozen, config.text.model)
+        return text_facts(model.tokenizer, model)
     captions = read_captions(open_dataset(config.data.url), range(3))
     texts = [text for several in captions for text in several]
     return run_config.tokenizer_facts(Tokenizer.trained(texts, 300, config.text.length))
@@ -564,6 +572,7 @@ def test_the_discriminator_trains_from_its_first_step_on(
         ("latents, DiT", ["data.flip=true", "model.dropout=0.3"]),
         ("latents", ["objective.inpainting_masks=true", "training.micro_batch_size=1"]),
         ("decoder", ["training.micro_batch_size=1", "training.precision=bf16_weights"]),
+        ("frozen text", ["training.precision=bf16_weights"]),
         ("contrastive", ["training.micro_batch_size=1", "data.flip=true"]),
         ("contrastive", ["training.precision=bf16_weights", "training.micro_batch_size=1"]),
         ("infonce", ["training.precision=bf16", "training.channels_last=true"]),
@@ -1165,7 +1174,9 @@ def test_the_error_stays_short_and_survives_a_pickle() -> None:
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
-@pytest.mark.parametrize("kind", ["adversary", "latents", "text", "contrastive", "infonce"])
+@pytest.mark.parametrize(
+    "kind", ["adversary", "latents", "text", "frozen text", "contrastive", "infonce"]
+)
 def test_with_elastic_reduction_workers_come_and_go_and_leave_the_same_bits(
     kind: str,
     sets: dict[str, str],

@@ -8,6 +8,7 @@ from ddpm_ray.config.caption_rule import CaptionError, cleaned
 from ddpm_ray.config.data import MOVED_AUTOENCODER
 from ddpm_ray.config.option_fields import option, shown
 from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
+from ddpm_ray.config.text import MOVED_TEXT_MODEL
 
 EditKind: TypeAlias = Literal[
     "inpaint", "outpaint", "image_to_image", "enlarge", "text_diff", "variations"
@@ -71,6 +72,7 @@ class EditConfig:
         "line i + 1, and after the last line the first; empty: none",
     )
     autoencoder: str = option("", MOVED_AUTOENCODER)
+    text_model: str = option("", MOVED_TEXT_MODEL)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def problems(self) -> Iterator[str]:

@@ -9,6 +9,7 @@ from ddpm_ray.config.ema_widths import wrong_widths
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.config.text import MOVED_TEXT_MODEL
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class AverageConfig:
     step: int = option(0, "training step of the EMA snapshot; 0: the last", at_least=0)
     data_url: str = option("", "folder or URL of the reference shards; empty: the training data")
     autoencoder: str = option("", MOVED_AUTOENCODER)
+    text_model: str = option("", MOVED_TEXT_MODEL)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(num_images=10_000)

@@ -9,6 +9,7 @@ from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.option_fields import group, option
 from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.config.text import MOVED_TEXT_MODEL
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class EvaluateConfig:
 
     data_url: str = option("", "folder or URL of the reference shards; empty: the training data")
     autoencoder: str = option("", MOVED_AUTOENCODER)
+    text_model: str = option("", MOVED_TEXT_MODEL)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")
     evaluation: EvaluationConfig = field(

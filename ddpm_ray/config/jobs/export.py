@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from ddpm_ray.config.data import MOVED_AUTOENCODER
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.config.text import MOVED_TEXT_MODEL
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class ExportConfig:
     """A trained model for another library."""
 
     autoencoder: str = option("", MOVED_AUTOENCODER)
+    text_model: str = option("", MOVED_TEXT_MODEL)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def problems(self) -> Iterator[str]:

@@ -7,6 +7,7 @@ from ddpm_ray.config.data import MOVED_AUTOENCODER
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.option_fields import group, option
 from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
+from ddpm_ray.config.text import MOVED_TEXT_MODEL
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class SampleConfig:
         "line i + 1, and after the last line the first; empty: none",
     )
     autoencoder: str = option("", MOVED_AUTOENCODER)
+    text_model: str = option("", MOVED_TEXT_MODEL)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")
 

@@ -161,7 +161,9 @@ def score_widths(
     """
     snapshots, wanted = EmaSnapshots.of(run), config.evaluation
     begun, dataset = run_config.saved_config(snapshots.facts), open_dataset(config.data_url)
-    model = checkpoint_loading.trained_model(run, workers.device, autoencoder=config.autoencoder)
+    model = checkpoint_loading.trained_model(
+        run, workers.device, autoencoder=config.autoencoder, text_model=config.text_model
+    )
     count = min(wanted.num_images, int(dataset.counts.sum()))
     denoiser = training_run.with_inputs_of_data(
         model.denoiser, begun.data, dataset, count, workers.device

@@ -91,7 +91,12 @@ def run_evaluation(
 
 def _denoiser_run(model_uri: str, config: EvaluateConfig, tracking_uri: str) -> RunConfig:
     """Config of the run that trained the model; raises ConfigError for settings that do not fit."""
-    model = load_model.load(model_uri, tracking_uri=tracking_uri, autoencoder=config.autoencoder)
+    model = load_model.load(
+        model_uri,
+        tracking_uri=tracking_uri,
+        autoencoder=config.autoencoder,
+        text_model=config.text_model,
+    )
     begun = from_dict(RunConfig, model.provenance["config"])
     # Before Ray starts: raises ConfigError for settings or a guidance model that do not fit.
     load_model.configured(model, config.sampling, config.guidance, tracking_uri)

@@ -69,7 +69,11 @@ def _scores(
         return contrastive_scores(settings["model_uri"], config, workers, progress)
     tracking_uri = settings["tracking_uri"]
     model = load_model.load(
-        settings["model_uri"], workers.device, tracking_uri, autoencoder=config.autoencoder
+        settings["model_uri"],
+        workers.device,
+        tracking_uri,
+        autoencoder=config.autoencoder,
+        text_model=config.text_model,
     )
     model = load_model.configured(model, config.sampling, config.guidance, tracking_uri)
     plan = sampling_plan(config.sampling, model.denoiser.schedule)

@@ -1,0 +1,161 @@
+"""Text encoders that are trained elsewhere: loaded, named by checkpoints, bound to networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+from torch import nn
+
+from ddpm_ray.assembly import run_config
+from ddpm_ray.assembly.encoder_loading import encoder_files, trained_encoders
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.text import FROZEN, FrozenTextKind
+from ddpm_ray.data.tokenizer import Tokenizer, TokenizerError
+from ddpm_ray.models.dit import DiT
+from ddpm_ray.models.frozen_text import ContrastiveText, FrozenText
+from ddpm_ray.models.text_encoder import FrozenTextSpec
+from ddpm_ray.models.unet import UNet
+from ddpm_ray.storage import object_store
+from ddpm_ray.training import checkpoint_folder
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+
+TEXT_ENCODER_COPY = "text_encoder"  # folder in that of a checkpoint that was copied to MLflow
+NOT_LOADED = "the text encoder of this model does not load"
+
+
+@dataclass(frozen=True, eq=False)
+class TextModel:
+    """A loaded text encoder, its tokenizer, and what identifies it."""
+
+    encoder: FrozenText
+    tokenizer: Tokenizer
+    kind: FrozenTextKind
+    url: str  # of its checkpoint or folder
+    sha256: str  # of its weights
+
+    def facts(self) -> dict[str, Any]:
+        """The facts by which a checkpoint names it."""
+        spec = self.encoder.spec
+        return {
+            "kind": self.kind,
+            "url": self.url,
+            "sha256": self.sha256,
+            "width": spec.width,
+            "pooled_width": spec.pooled_width,
+        }
+
+
+def text_model(kind: FrozenTextKind, url: str) -> TextModel:
+    """Load the text encoder at `url` on the CPU.
+
+    Raises ConfigError for a model of another kind, CheckpointError, TokenizerError, StorageError.
+    """
+    match kind:
+        case "contrastive":
+            return _of_contrastive(url)
+        case never:
+            assert_never(never)
+
+
+def text_facts(tokenizer: Tokenizer | None, model: TextModel | None) -> dict[str, Any]:
+    """The facts that a checkpoint holds on its texts: tokenizer and frozen text encoder, if any."""
+    held = run_config.tokenizer_facts(tokenizer)
+    return held | {"text_encoder": model.facts()} if model else held
+
+
+def bind_text_model(
+    network: nn.Module, facts: Mapping[str, Any], where: str = "", moved: str = ""
+) -> None:
+    """Give `network` the text encoder that the facts of a checkpoint name, on its device.
+
+    `moved` is its URL if it has moved; `where` is the checkpoint's URL. A copy in that folder
+    (`copy_text_model`) is taken before the one that the facts name. Does nothing for a network that
+    has no frozen one. Raises CheckpointError unless it has the same sha256 and tokenizer, and
+    ConfigError if one is given for a model that has none.
+    """
+    held = facts.get("text_encoder")
+    if held is None:
+        if moved:
+            raise ConfigError(
+                f"text_model is {moved!r}, but {where} holds a model without a frozen text "
+                "encoder: leave it out"
+            )
+        return
+    try:
+        found = _checked(facts, moved or _copy_in(where) or held["url"])
+    except ValueError as error:
+        key = "text_model" if where else "text.model"  # of a job, or of the run itself
+        remedy = f"name the one that it was trained with, as in {key}={FROZEN[held['kind']]}"
+        raise CheckpointError(where or held["url"], str(error), remedy) from error
+    assert isinstance(network, UNet | DiT)
+    assert network.text is not None  # built with the facts
+    network.text.bind(found.encoder)
+
+
+def copy_text_model(facts: Mapping[str, Any], folder: Path) -> None:
+    """Copy the text encoder of a checkpoint with these facts into the local `folder` of its copy.
+
+    So the copy loads on any machine. Does nothing for a model that has no frozen one. Raises
+    ValueError unless it is the one that the model was trained with, and StorageError.
+    """
+    if (held := facts.get("text_encoder")) is None:
+        return
+    destination = folder / TEXT_ENCODER_COPY
+    try:
+        files = _files(held["kind"], held["url"])
+    except (CheckpointError, ConfigError) as error:
+        raise ValueError(f"{NOT_LOADED}: {error}") from error
+    for name, source in files.items():
+        object_store.write_bytes(str(destination / name), object_store.read_bytes(source))
+    # The copy is verified: the encoder's run may commit another checkpoint at any time.
+    _checked(facts, str(destination), held["url"])
+
+
+def _checked(facts: Mapping[str, Any], url: str, named: str = "") -> TextModel:
+    """Load the text encoder at `url`, called `named` in errors, if that is given.
+
+    Raises ValueError unless it is the one that the facts name, with the tokenizer that they hold.
+    """
+    held = facts["text_encoder"]
+    try:
+        found = text_model(held["kind"], url)
+    except (CheckpointError, ConfigError, TokenizerError) as error:
+        raise ValueError(f"{NOT_LOADED}: {error}") from error
+    wanted = (held["sha256"], facts["tokenizer"]["sha256"])
+    here = (found.sha256, found.tokenizer.sha256)
+    for what, trained, own in zip(("text encoder", "tokenizer"), wanted, here, strict=True):
+        if own != trained:
+            raise ValueError(
+                f"this model was trained with the {what} of sha256 {trained[:12]}, and that of "
+                f"{named or url} is {own[:12]}"
+            )
+    return found
+
+
+def _copy_in(where: str) -> str:
+    """The path of the copy in a checkpoint's local folder; empty if it has none."""
+    if not where or not object_store.is_local(where):  # copies are made for MLflow
+        return ""
+    place = object_store.local_path(where) / TEXT_ENCODER_COPY
+    return str(place) if (place / checkpoint_folder.MANIFEST).is_file() else ""
+
+
+def _files(kind: FrozenTextKind, url: str) -> dict[str, str]:
+    """URLs of the files that `text_model(kind, url)` reads, by their names in one folder."""
+    match kind:
+        case "contrastive":
+            return encoder_files(url)
+        case never:
+            assert_never(never)
+
+
+def _of_contrastive(url: str) -> TextModel:
+    found = trained_encoders(url)
+    spec = FrozenTextSpec(
+        found.model.spec.text.width, found.model.spec.width, found.tokenizer.null_tokens
+    )
+    encoder = FrozenText(ContrastiveText(found.model), spec)
+    return TextModel(encoder, found.tokenizer, "contrastive", found.url, found.sha256)
