@@ -373,4 +373,6 @@ def test_an_unknown_codec_is_refused_with_the_checkpoint_and_the_remedy(
     assert "\n" not in line
     assert str(tmp_path / "run/checkpoints/step-00000000-") in line
     assert f"its codec is {codec!r}, and ddpm_ray" in line
-    assert line.endswith("knows pixels, latents; upgrade ddpm_ray to the version that wrote it")
+    assert line.endswith(
+        "knows pixels, latents, embeddings; upgrade ddpm_ray to the version that wrote it"
+    )
