@@ -7,6 +7,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ddpm_ray.sampling.cascade import Cascade
     from ddpm_ray.sampling.image_text import TrainedEncoders
     from ddpm_ray.sampling.pipeline import TrainedModel
 
@@ -36,6 +37,20 @@ def load(
     from ddpm_ray.assembly.checkpoint_loading import trained_model
 
     return trained_model(where, device, autoencoder=autoencoder, text_model=text_model)
+
+
+def load_cascade(uri: "str | PathLike[str]", device: str | None = None) -> "Cascade":
+    """The prior, decoder and upsamplers in a folder of `ddpm-ray cascade`.
+
+    `.sample(8, prompts=[...])`, `.variations(images)` and `.interpolate(first, second)` draw uint8
+    images [N, H, W, C]. `uri` is that folder, as a path or any fsspec URL, and `device` is as in
+    `load`. Raises ValueError for an invalid `uri` or `device`, ConfigError for a folder without a
+    cascade, and CheckpointError or StorageError.
+    """
+    where = _text(uri, "a folder that `ddpm-ray cascade` wrote")
+    from ddpm_ray.assembly.cascades import trained_cascade
+
+    return trained_cascade(where, device)
 
 
 def load_encoders(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedEncoders":

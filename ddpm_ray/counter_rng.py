@@ -57,6 +57,7 @@ class Purpose(IntEnum):
     CAPTION = 17
     PROMPT = 18
     EMBEDDING_DROP = 19
+    CASCADE = 20
 
 
 def normal(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import torch as safetensors
@@ -37,6 +37,7 @@ from ddpm_ray.models.interop import autoencoder_kl, diffusers_folders
 from ddpm_ray.models.prior import PriorSpec
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
+from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.guidance_models import require_same_x_0
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage.errors import StorageError
@@ -192,9 +193,12 @@ def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
     )
 
 
+Model = TypeVar("Model", bound=DrawingModel)
+
+
 def with_sampling(
-    model: TrainedModel, settings: SamplingSettings, *, guided_by_model: bool | None = None
-) -> TrainedModel:
+    model: Model, settings: SamplingSettings, *, guided_by_model: bool | None = None
+) -> Model:
     """`model` with `settings`; raises ConfigError, a line for each that it does not support.
 
     `guided_by_model` is as in `TrainedModel.problems`.

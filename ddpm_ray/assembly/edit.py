@@ -11,6 +11,8 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.sampling import editing
+from ddpm_ray.sampling.cascade import Cascade
+from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.editing import Mask
 from ddpm_ray.sampling.image_grid import require_memory
 from ddpm_ray.sampling.image_io import read_image, read_mask
@@ -19,7 +21,7 @@ from ddpm_ray.sampling.sampling import Images
 
 
 def edited_files(
-    config: EditConfig, model: TrainedModel, image: str, mask: str
+    config: EditConfig, model: DrawingModel, image: str, mask: str
 ) -> tuple[Images, dict[str, float | None]]:
     """Return `edited`, with the image and the mask read from files; no mask if `mask` is "".
 
@@ -40,7 +42,7 @@ def edited_files(
 
 
 def edited(
-    config: EditConfig, model: TrainedModel, image: npt.NDArray[np.uint8], mask: Mask | None
+    config: EditConfig, model: DrawingModel, image: npt.NDArray[np.uint8], mask: Mask | None
 ) -> tuple[Images, dict[str, float | None]]:
     """Return `num_images` edits of `image` [H, W, C], uint8 [N, H, W, C], and their measures.
 
@@ -49,6 +51,13 @@ def edited(
     methods do.
     """
     model = with_sampling(model, config.sampling)
+    if isinstance(model, Cascade) and config.kind == "variations":
+        return model.variations(image[None], per_image=config.num_images), {}
+    if not isinstance(model, TrainedModel):
+        raise ConfigError(
+            f"kind is {config.kind!r}, and a cascade draws only variations of an image: name its "
+            f"decoder, or set kind=variations"
+        )
     settings = {key: value for key, value in vars(config.sampling).items() if value != ()}
     require_memory(
         "num_images", config.num_images, _edited_shape(config, model, ImageShape(*image.shape))

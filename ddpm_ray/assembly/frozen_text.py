@@ -16,6 +16,7 @@ from ddpm_ray.config.text import FROZEN, FrozenTextKind
 from ddpm_ray.data.tokenizer import Tokenizer, TokenizerError
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.frozen_text import ContrastiveText, FrozenText
+from ddpm_ray.models.prior import Prior
 from ddpm_ray.models.text_encoder import FrozenTextSpec
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage import object_store
@@ -90,7 +91,7 @@ def bind_text_model(
         key = "text_model" if where else "text.model"  # of a job, or of the run itself
         remedy = f"name the one that it was trained with, as in {key}={FROZEN[held['kind']]}"
         raise CheckpointError(where or held["url"], str(error), remedy) from error
-    assert isinstance(network, UNet | DiT)
+    assert isinstance(network, UNet | DiT | Prior)
     assert network.text is not None  # built with the facts
     network.text.bind(found.encoder)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,10 @@ class NamedImageEncoder:
     def embed(self, x_0: Tensor) -> Tensor:
         """Embeddings float32 [B, D] of images x_0 [B, C, H, W]; see `encoders` for errors."""
         return self.encoders.embed(x_0)
+
+    def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings float32 [n, D] of n prompts; see `encoders` for errors."""
+        return self.encoders.text_embeddings(prompts)
 
     @cached_property
     def encoders(self) -> TrainedEncoders:
@@ -106,11 +110,16 @@ def named_encoder(
     """
     if not config.embedding.width:
         return None
+    return encoder_of_width(config.embedding.width, facts, device, where)
+
+
+def encoder_of_width(
+    width: int, facts: Mapping[str, Any], device: torch.device | str, where: str = ""
+) -> NamedImageEncoder:
+    """The encoder of image embeddings of that width that these facts name; see `named_encoder`."""
     held = facts["image_encoder"]
     url = _copy_in(where) or held["url"]
-    return NamedImageEncoder(
-        config.embedding.width, url, held["sha256"], device, where or "the run"
-    )
+    return NamedImageEncoder(width, url, held["sha256"], device, where or "the run")
 
 
 def copy_image_encoder(facts: Mapping[str, Any], folder: Path) -> None:

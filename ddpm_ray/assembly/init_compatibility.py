@@ -18,6 +18,7 @@ from ddpm_ray.models.autoencoder import AutoencoderSpec
 from ddpm_ray.models.contrastive import ContrastiveSpec
 from ddpm_ray.models.dit import DiTSpec
 from ddpm_ray.models.prior import PriorSpec
+from ddpm_ray.models.text_encoder import TextEncoderSpec
 from ddpm_ray.models.unet_spec import UNetSpec
 
 NetworkSpec: TypeAlias = UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec | PriorSpec
@@ -174,6 +175,7 @@ def _hidden_options(spec: NetworkSpec) -> dict[str, float]:
         case AutoencoderSpec():
             return {"autoencoder.groups": spec.groups}
         case PriorSpec():
-            return {"prior.heads": spec.heads, "text.heads": spec.text.heads}
+            text = {"text.heads": spec.text.heads} if isinstance(spec.text, TextEncoderSpec) else {}
+            return {"prior.heads": spec.heads, **text}
         case ContrastiveSpec():
             return {"contrastive.groups": spec.groups, "text.heads": spec.text.heads}

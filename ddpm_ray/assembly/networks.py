@@ -42,7 +42,7 @@ def network(
             require_divisible(image_shape[:2], len(config.contrastive.channel_mults))
             return ContrastiveEncoders(contrastive_spec(config, image_shape.channels, tokenizer))
         case "prior":
-            return Prior(prior_spec(config, image_shape.channels, tokenizer))
+            return Prior(prior_spec(config, image_shape.channels, tokenizer, frozen_text))
         case "classifier":  # the config has no other network than a U-Net
             return NoisyClassifier(unet_spec(config, image_shape, variant), image_shape[:2])
         case "denoiser":
@@ -80,13 +80,18 @@ def network_spec(
     if config.architecture == "contrastive":
         return contrastive_spec(config, image_shape.channels, tokenizer)
     if config.architecture == "prior":
-        return prior_spec(config, image_shape.channels, tokenizer)
+        return prior_spec(config, image_shape.channels, tokenizer, frozen_text)
     return denoiser_spec(config, image_shape, variant, tokenizer, frozen_text)
 
 
-def prior_spec(config: RunConfig, embedding_width: int, tokenizer: Tokenizer | None) -> PriorSpec:
+def prior_spec(
+    config: RunConfig,
+    embedding_width: int,
+    tokenizer: Tokenizer | None,
+    frozen_text: FrozenTextSpec | None,
+) -> PriorSpec:
     """The spec of a prior of embeddings of that width."""
-    wanted, text = config.prior, text_encoder_spec(config.text, tokenizer)
+    wanted, text = config.prior, text_spec(config.text, tokenizer, frozen_text)
     return PriorSpec(embedding_width, text, wanted.width, wanted.depth, wanted.heads)
 
 

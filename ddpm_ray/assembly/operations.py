@@ -47,11 +47,11 @@ def _forward(config: RunConfig, model: nn.Module, x: Tensor) -> None:
         model.decode(model.encode(x).mean)
     elif isinstance(model, ContrastiveEncoders):
         model(x, model.text.null_tokens[None])
-    elif isinstance(model, Prior) or config.traits.predicts_labels:
+    elif config.traits.predicts_labels:
         model(x, torch.ones(1, dtype=torch.int64))
     else:
         takes = conditioning_spec(config)
-        text = model.spec.text if isinstance(model, UNet | DiT) else None
+        text = model.spec.text if isinstance(model, UNet | DiT | Prior) else None
         states, pooled = None, None
         if isinstance(text, FrozenTextSpec):
             states = torch.empty(1, len(text.null_tokens), text.width)

@@ -224,7 +224,7 @@ class RunConfig:
                 f"text.encoder is none; {self.traits.name} reads the captions of its images: set "
                 f"text.encoder=transformer"
             )
-        if self.text.frozen:
+        if self.text.frozen and self.traits.embeds:
             yield (
                 f"text.encoder is {self.text.encoder}; {self.traits.name} trains its own: set "
                 f"text.encoder=transformer"

@@ -7,6 +7,7 @@ from ddpm_ray.cli.main import main as run
 from ddpm_ray.config.reading.nearest import did_you_mean
 from ddpm_ray.jobs import (
     average,
+    cascade,
     doctor,
     drill,
     edit,
@@ -28,6 +29,7 @@ MODULES = (
     encode,
     train,
     sweep,
+    cascade,
     sample,
     edit,
     evaluate,

@@ -49,7 +49,7 @@ def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.sampling.image_grid import grid
     from ddpm_ray.sampling.image_io import write_picture
 
-    model = load_model.load(
+    model = load_model.load_to_draw(
         arguments.model_uri,
         home=home_folder(),
         autoencoder=config.autoencoder,

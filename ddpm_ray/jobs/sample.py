@@ -14,6 +14,7 @@ from typing import Any
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import PICTURES, home_folder, made_ready, output_file
 from ddpm_ray.config.jobs.sample import SampleConfig
+from ddpm_ray.config.reading.errors import ConfigError
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
 from ddpm_ray.jobs.prompts import prompts_facts, with_prompts_of_file
 
@@ -34,11 +35,13 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.cli.progress import ProgressLine
     from ddpm_ray.runs import load_model
     from ddpm_ray.sampling import gif, image_grid, image_io
+    from ddpm_ray.sampling.cascade import Cascade
 
     settings, home = config.sampling, home_folder()
-    model = load_model.load(
-        arguments.model_uri, home=home, autoencoder=config.autoencoder, text_model=config.text_model
-    )
+    uri, moved = arguments.model_uri, (config.autoencoder, config.text_model)
+    model = load_model.load_to_draw(uri, None, home, *moved)
+    if config.strip and isinstance(model, Cascade):
+        raise ConfigError(f"strip is {config.strip}, but {uri} holds a cascade: leave it out")
     model = load_model.configured(model, settings, config.guidance, home=home)
     image_grid.require_memory("num_images", config.num_images, model.image_shape)
     calls = -(-config.num_images // settings.batch_size) * (len(model.timesteps) - 1)

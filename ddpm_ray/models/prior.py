@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from ddpm_ray.models.layers import TimeEmbedding, Variant, as_input, as_weights, dense, zero_init
-from ddpm_ray.models.text_encoder import TextBlock, TextEncoderSpec, TextInput
+from ddpm_ray.models.text_encoder import FrozenTextSpec, TextBlock, TextEncoderSpec, TextInput
 
 FREQUENCIES = 256  # sines and cosines of t, as in the DiT
 COSINES_FIRST = Variant(cosines_first=True)
@@ -25,7 +25,7 @@ class PriorSpec:
     """Sizes of a prior."""
 
     embedding_width: int  # D
-    text: TextEncoderSpec
+    text: TextEncoderSpec | FrozenTextSpec
     width: int = 256  # W
     depth: int = 6  # number of blocks
     heads: int = 4
@@ -62,7 +62,7 @@ class Prior(nn.Module):
         self.time = TimeEmbedding(FREQUENCIES, width, COSINES_FIRST)
         self.noisy = dense(spec.embedding_width, width)
         self.query = nn.Parameter(torch.empty(width))
-        self.position = nn.Embedding(spec.text.length + OWN_VECTORS, width)
+        self.position = nn.Embedding(len(spec.text.null_tokens) + OWN_VECTORS, width)
         self.blocks = nn.ModuleList(TextBlock(spec) for _ in range(spec.depth))
         self.norm_out = nn.LayerNorm(width, eps=spec.norm_eps)
         self.out = dense(width, spec.embedding_width)

@@ -10,13 +10,15 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
-from ddpm_ray.assembly import checkpoint_loading
+from ddpm_ray.assembly import cascades, checkpoint_loading
+from ddpm_ray.assembly.checkpoint_loading import Model
 from ddpm_ray.assembly.newest_checkpoint import usable_device
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.loading import Checked, ConfigError
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.sampling import guidance_models
+from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import sampling_plan
 from ddpm_ray.storage import object_store
@@ -41,14 +43,29 @@ def load(
     The latter two are looked up at `tracking_uri`; if it is empty, at the default of
     `resolve_tracking_uri` for `home` or the working directory. `autoencoder` is the URL of the
     autoencoder of a model of latents, `text_model` that of a frozen text encoder, if it has moved.
-    Raises CheckpointError, StorageError,
-    TrackingError.
+    Raises CheckpointError, StorageError, TrackingError.
     """
     device = usable_device(device)  # fail before a download
     with _local(uri, home or Path.cwd(), tracking_uri) as folder:
         return checkpoint_loading.trained_model(
             folder, device, autoencoder=autoencoder, text_model=text_model
         )
+
+
+def load_to_draw(
+    uri: str,
+    device: torch.device | str | None = None,
+    home: Path | None = None,
+    autoencoder: str = "",
+    text_model: str = "",
+) -> DrawingModel:
+    """Load a model as `load` does, or the cascade in a folder."""
+    if uri.startswith(IN_MLFLOW) or not cascades.is_cascade(uri):
+        return load(uri, device, "", home, autoencoder, text_model)
+    for key, moved in (("autoencoder", autoencoder), ("text_model", text_model)):
+        if moved:
+            raise ConfigError(f"{key} is {moved}, but {uri} holds a cascade: leave it out")
+    return cascades.trained_cascade(uri, device)
 
 
 class SamplingJob(Checked, Protocol):
@@ -76,7 +93,7 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
     raises.
     """
     with _local(uri, home, keep=True) as folder:
-        run, facts = checkpoint_loading.run_facts(folder)
+        run, facts = checkpoint_loading.run_facts(cascades.decoder_url(folder))
     if isinstance(config, EditConfig):
         try:
             config = cast(Job, config.for_model(conditioned=run.objective.inpainting_masks))
@@ -142,12 +159,12 @@ def _download(where: str, uri: str) -> tuple[tempfile.TemporaryDirectory[str], s
 
 
 def configured(
-    model: TrainedModel,
+    model: Model,
     sampling: SamplingSettings,
     guidance: GuidanceConfig,
     tracking_uri: str = "",
     home: Path | None = None,
-) -> TrainedModel:
+) -> Model:
     """`model` with these sampling settings, guided by the configured network.
 
     The network is loaded as by `load`. Raises ConfigError with a line for each setting that the

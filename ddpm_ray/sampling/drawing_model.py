@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.config.option_fields import checks_arguments, limits, shown
-from ddpm_ray.config.sampling import MOST_IMAGES, PROMPTS_REMEDY, SamplingSettings
+from ddpm_ray.config.sampling import (
+    MOST_IMAGES,
+    PROMPTS_REMEDY,
+    SampledModel,
+    SamplingSettings,
+)
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.tokenizer import warn_of_cut_prompts
 from ddpm_ray.diffusion.samplers import OnStep
+from ddpm_ray.sampling.array_arguments import as_images
+from ddpm_ray.sampling.conditioning import NO_EMBEDDING_MODEL
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8, sampling_plan
 
+Count: TypeAlias = Annotated[int, limits(at_least=1)]
 NumImages: TypeAlias = Annotated[int, limits(at_least=1, at_most=MOST_IMAGES)]
 
 
@@ -109,8 +117,11 @@ class DrawingModel:
         `prefix` is the group of their keys. `guided_by_model`: a guidance model takes the labels;
         None: if there is one.
         """
-        model = self.denoiser.sampled_model(self.drops_labels, guided_by_model)
-        return self.settings.problems(prefix, model)
+        return self.settings.problems(prefix, self._sampled_model(guided_by_model))
+
+    def _sampled_model(self, guided_by_model: bool | None = None) -> SampledModel:
+        """The facts of the model that settings depend on."""
+        return self.denoiser.sampled_model(self.drops_labels, guided_by_model)
 
     @property
     def _window(self) -> tuple[int, int]:
@@ -119,8 +130,7 @@ class DrawingModel:
 
     def _plan(self, settings: SamplingSettings) -> SamplingPlan:
         """The sampling plan of `settings`; raises ValueError for unsupported ones."""
-        model = self.denoiser.sampled_model(self.drops_labels)
-        if problems := list(settings.problems("", model)):
+        if problems := list(settings.problems("", self._sampled_model())):
             raise ValueError("; ".join(problems))
         names = self.label_names if settings.has_names else None
         plan = sampling_plan(settings, self.denoiser.schedule, names)
@@ -148,3 +158,21 @@ class DrawingModel:
         if takes_text and given.get("prompts") is not None and not chosen.prompts:
             raise ValueError(f"prompts is empty; {PROMPTS_REMEDY}")
         return chosen
+
+
+def embedded(model: DrawingModel, images: Images, per_image: int) -> Tensor:
+    """Embeddings [N * per_image, D] of images of the model's size, each `per_image` times.
+
+    Raises ValueError for a model that is given no embeddings, and for images of another size.
+    """
+    encoder = model.denoiser.takes.image_encoder
+    if encoder is None:
+        raise ValueError(NO_EMBEDDING_MODEL)
+    found = as_images(images, model.image_shape.channels)
+    if found.shape[1:] != model.image_shape:
+        raise ValueError(
+            f"images are {' x '.join(map(str, found.shape[1:3]))}; variations are drawn of images "
+            f"of the model's size, {' x '.join(map(str, model.image_size))}"
+        )
+    x_0 = model.denoiser.codec.encode(torch.from_numpy(found).to(model.device))
+    return encoder.embed(x_0).repeat_interleave(per_image, dim=0)

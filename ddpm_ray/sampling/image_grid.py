@@ -19,7 +19,7 @@ from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, sampling_plan
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ddpm_ray.sampling.pipeline import TrainedModel
+    from ddpm_ray.sampling.drawing_model import DrawingModel
 
 STRIP_IMAGES = 4
 GUTTER_PIXELS = 2
@@ -158,7 +158,7 @@ def denoising_strip(
     return captioned(picture, above, row_captions=["x_t", "x_0"] * len(index), corner="t")
 
 
-def strip_of(model: TrainedModel, most: int) -> Image.Image:
+def strip_of(model: DrawingModel, most: int) -> Image.Image:
     """The `denoising_strip` of the model's first images, `most` at most, with its settings."""
     plan = sampling_plan(model.settings, model.denoiser.schedule, model.label_names)
     index = torch.arange(min(STRIP_IMAGES, most))

@@ -13,13 +13,11 @@ from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
 from ddpm_ray.data.low_resolution import enlarged
 from ddpm_ray.sampling import canvas, editing
 from ddpm_ray.sampling.array_arguments import as_images, as_low_resolution, as_mask, require_text
-from ddpm_ray.sampling.conditioning import NO_EMBEDDING_MODEL
-from ddpm_ray.sampling.drawing_model import DrawingModel
+from ddpm_ray.sampling.drawing_model import Count, DrawingModel, embedded
 from ddpm_ray.sampling.editing import Edit, Mask, Painting
 from ddpm_ray.sampling.sampling import Images
 
 Index: TypeAlias = Annotated[int, limits(at_least=0, at_most=MOST_IMAGES - 1)]
-Count: TypeAlias = Annotated[int, limits(at_least=1)]
 Margin: TypeAlias = Annotated[int, limits(at_least=0, at_most=MOST_MARGIN)]  # pixels
 Share: TypeAlias = Annotated[float, limits(above=0, at_most=1)]
 
@@ -136,17 +134,7 @@ class TrainedModel(DrawingModel):
         keeps of an image stays, and the rest is drawn. (Ramesh et al. 2022, "DALL-E 2",
         arXiv:2204.06125, section 3.1.)
         """
-        encoder = self.denoiser.takes.image_encoder
-        if encoder is None:
-            raise ValueError(NO_EMBEDDING_MODEL)
-        found = as_images(images, self.image_shape.channels)
-        if found.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"images are {' x '.join(map(str, found.shape[1:3]))}; variations are drawn of "
-                f"images of the model's size, {' x '.join(map(str, self.image_size))}"
-            )
-        x_0 = self.denoiser.codec.encode(torch.from_numpy(found).to(self.device))
-        embeddings = encoder.embed(x_0).repeat_interleave(per_image, dim=0)
+        embeddings = embedded(self, images, per_image)
         denoiser = replace(self.denoiser, embeddings=embeddings)
         return replace(self, denoiser=denoiser).sample(len(embeddings), **settings)
 

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from ddpm_ray.cli.job import Argument, InterruptedRunError, Job
 from ddpm_ray.cli.main import main
+from ddpm_ray.config.jobs.cascade import CascadeConfig
 from ddpm_ray.config.jobs.doctor import DoctorConfig
 from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.jobs.ema_search import AverageConfig
@@ -64,6 +65,7 @@ KINDS: dict[str, type[Any]] = {
     "edit": EditConfig,
     "encode": EncodeConfig,
     "tokenize_captions": TokenizeConfig,
+    "cascade": CascadeConfig,
 }
 JOBS = [job for job in KINDS if (ROOT / "jobs" / f"{job}.py").exists()]
 HEAVY = ("torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec", "scipy", "PIL")
@@ -570,6 +572,7 @@ POSITIONAL = {
     "average": ["runs/a"],
     "encode": ["runs/a", "data", "latents"],
     "tokenize_captions": ["data", "--out", "tokenizer.json"],
+    "cascade": ["--out", "folder", "prior=a", "decoder=b"],
 }
 
 
@@ -585,6 +588,7 @@ def test_a_wrong_config_ends_before_anything_heavy_loads(job: str) -> None:
     }
     own["drill"] = own["sweep"]
     own |= {"encode": "batch_size=0", "tokenize_captions": "length=2"}
+    own["cascade"] = "candidates=0"
     some = own.get(job, "sampling.eta=7")
     program = LISTING_MODULES.format(heavy=HEAVY)
     ended = in_a_process(job, *given, some, "colour=red", program=program)

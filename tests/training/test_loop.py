@@ -38,6 +38,7 @@ from ddpm_ray.assembly import (
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.frozen_text import text_facts, text_model
 from ddpm_ray.assembly.image_encoders import settled_embedding
+from ddpm_ray.assembly.prior_loading import trained_prior
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -62,6 +63,7 @@ from ddpm_ray.training.run import Run
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import Snapshot
 from tests.data.captioned_sets import write_captioned
+from tests.data.embedding_sets import random_embeddings, write_embeddings
 from tests.data.latent_sets import encode_noise
 from tests.fixtures.same_bits import assert_same_bits
 from tests.fixtures.threaded_workers import OnWorkers
@@ -110,6 +112,14 @@ TINY_CONTRASTIVE = (
     *TEXT,
     "training.grid_every_steps=0",
 )
+PRIOR = "task=prior"
+TINY_PRIOR = (
+    *OF_DENOISERS,
+    "prior.width=8",
+    "prior.depth=1",
+    "prior.heads=2",
+    "training.grid_every_steps=0",
+)
 FIRST_STEP_WITH_ADVERSARY = 4
 FLIPPED = ("data.flip=true", "embedding.dropout=0.3")
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
@@ -124,6 +134,14 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
     "decoder": (
         "captioned",
         (*TEXT, "objective.label_dropout=0.5", "embedding.encoder=ENCODERS", *FLIPPED),
+    ),
+    "prior": (
+        "embeddings",
+        (PRIOR, *TEXT, "objective.label_dropout=0.4", "objective.prediction=x_0"),
+    ),
+    "prior, frozen text": (
+        "embeddings",
+        (PRIOR, "text.encoder=contrastive", "text.model=ENCODERS", "objective.prediction=x_0"),
     ),
     "text": ("captioned", (*TEXT, "objective.label_dropout=0.4")),
     "frozen text": (
@@ -206,7 +224,10 @@ def sets(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     encoders = tmp_path_factory.mktemp("encoders")
     config = configured(str(captioned), CONTRASTIVE, "training.steps=1")
     finished(config, encoders / "checkpoints")
+    embedded = tmp_path_factory.mktemp("embedded")
+    write_embeddings(embedded, random_embeddings(IMAGES, 6), 10, captioned=True)
     return {
+        "embeddings": str(embedded),
         "ENCODERS": str(encoders),
         "pixels": data,
         "larger pixels": larger,
@@ -228,6 +249,8 @@ def configured(data: str, *overrides: str) -> RunConfig:
         network = TINY_AUTOENCODER
     if CONTRASTIVE in overrides:
         network = TINY_CONTRASTIVE
+    if PRIOR in overrides:
+        network = TINY_PRIOR
     return load_config(
         RunConfig,
         None,
@@ -322,7 +345,7 @@ def begin(
     network = wrapping.wrapped(state, config.training, workers)
     sink = (recorder or RecordingSink()) if workers.is_main else None
     validate: Callable[[int], None] = lambda step: None  # noqa: E731
-    if config.traits.draws_images:
+    if config.traits.draws_images or config.traits.draws_embeddings:
         tokenizer = run_config.saved_tokenizer(facts)
         denoiser = diffusion.denoiser(config, state.ema.model, CPU, codec, tokenizer)
         plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
@@ -573,6 +596,8 @@ def test_the_discriminator_trains_from_its_first_step_on(
         ("latents", ["objective.inpainting_masks=true", "training.micro_batch_size=1"]),
         ("decoder", ["training.micro_batch_size=1", "training.precision=bf16_weights"]),
         ("frozen text", ["training.precision=bf16_weights"]),
+        ("prior", ["training.micro_batch_size=1", "training.precision=bf16"]),
+        ("prior, frozen text", ["training.precision=bf16_weights"]),
         ("contrastive", ["training.micro_batch_size=1", "data.flip=true"]),
         ("contrastive", ["training.precision=bf16_weights", "training.micro_batch_size=1"]),
         ("infonce", ["training.precision=bf16", "training.channels_last=true"]),
@@ -605,7 +630,17 @@ def test_any_kind_of_run_survives_its_death(
 
 
 @pytest.mark.parametrize(
-    "kind", ["adversary", "latents", "latents, DiT", "text", "decoder", "contrastive"]
+    "kind",
+    [
+        "adversary",
+        "latents",
+        "latents, DiT",
+        "text",
+        "decoder",
+        "prior",
+        "prior, frozen text",
+        "contrastive",
+    ],
 )
 def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
     kind: str, sets: dict[str, str], tmp_path: Path
@@ -633,6 +668,14 @@ def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
         assert torch.equal(found, theirs.similarity(images, ["2 pears", "", "a pear"]))
         assert found.shape == (2, 3)
         with pytest.raises(ConfigError, match="a contrastive model, which draws no images: load"):
+            ddpm_ray.load(folders[0])
+        return
+    if "prior" in kind:
+        priors = [trained_prior(str(folder)) for folder in folders]
+        embedded = [one.draw(["3", "a"], 5, seed=1) for one in priors]
+        assert embedded[0].shape == (5, 6)
+        assert torch.equal(*embedded)
+        with pytest.raises(ConfigError, match="holds a prior, which draws no images: draw its"):
             ddpm_ray.load(folders[0])
         return
     whole_model, died_model = (ddpm_ray.load(str(folder), "cpu") for folder in folders)

@@ -1,0 +1,135 @@
+"""Cascades: a folder that names its models by URL and sha256, written and loaded.
+
+<folder>/cascade.json    {"prior": part, "decoder": part, "upsamplers": [part, ...],
+                              "candidates": embeddings per image},
+each part {"url": of a checkpoint, "sha256": of its EMA weights}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ddpm_ray.assembly.checkpoint_loading import trained_model
+from ddpm_ray.assembly.image_encoders import NamedImageEncoder
+from ddpm_ray.assembly.newest_checkpoint import usable_device
+from ddpm_ray.assembly.prior_loading import trained_prior
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.data.low_resolution import low_resolution_size
+from ddpm_ray.redaction import redacted
+from ddpm_ray.sampling.cascade import Cascade
+from ddpm_ray.sampling.drawing_model import DrawingModel
+from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+
+FILE = "cascade.json"
+FORMAT = 1
+
+
+def is_cascade(url: str) -> bool:
+    """Whether the folder at `url` holds a cascade. Raises StorageError."""
+    return object_store.exists(object_store.join(url, FILE))
+
+
+def decoder_url(url: str) -> str:
+    """The URL of the decoder, if a cascade is at `url`; else `url`. Raises StorageError."""
+    return str(_parts(url)["decoder"]["url"]) if is_cascade(url) else url
+
+
+def write_cascade(
+    folder: str, prior: str, decoder: str, upsamplers: Sequence[str], candidates: int
+) -> dict[str, Any]:
+    """Write the cascade of these models to `folder`, once they load and fit; return its parts.
+
+    The models are URLs of runs, whose newest checkpoints are taken, or of checkpoints;
+    `candidates` are the embeddings that the prior draws for each image. Raises ConfigError for
+    models that do not fit together, and what loading them raises.
+    """
+    models = _loaded({"prior": prior, "decoder": decoder, "upsamplers": list(upsamplers)}, "cpu")
+    parts = {
+        "prior": _part(models.prior.provenance),
+        "decoder": _part(models.provenance),
+        "upsamplers": [_part(one.provenance) for one in models.upsamplers],
+    }
+    held = {**parts, "candidates": candidates}
+    checksummed_json.write(object_store.join(folder, FILE), held, FORMAT)
+    return held
+
+
+def trained_cascade(url: str, device: torch.device | str | None = "cpu") -> Cascade:
+    """Load the cascade in the folder at `url`.
+
+    Raises ConfigError for a folder without a cascade, CheckpointError for a part that does not load
+    or has other weights, and ValueError for an unusable device.
+    """
+    if not is_cascade(url):
+        raise ConfigError(f"{url} holds no {FILE}: make a cascade with `ddpm-ray cascade`")
+    parts = _parts(url)
+    models = {
+        "prior": parts["prior"]["url"],
+        "decoder": parts["decoder"]["url"],
+        "upsamplers": [one["url"] for one in parts["upsamplers"]],
+    }
+    found = _loaded(models, device)
+    held = [parts["prior"], parts["decoder"], *parts["upsamplers"]]
+    origins = [one.provenance for one in (found, *found.upsamplers)]
+    for part, origin in zip(held, (found.prior.provenance, *origins), strict=True):
+        if (sha256 := origin["weights_sha256"]) != (was := part["sha256"]):
+            problem = f"its sha256 is {sha256[:12]}, and the cascade {url} has {was[:12]}"
+            raise CheckpointError(part["url"], problem, "put those weights back, or make it again")
+    return replace(found, candidates=parts["candidates"])
+
+
+def _parts(url: str) -> dict[str, Any]:
+    """The parts of the cascade at `url`. Raises StorageError."""
+    held: dict[str, Any] = checksummed_json.read(object_store.join(url, FILE), FORMAT)
+    return held
+
+
+def _part(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {"url": redacted(provenance["checkpoint"]), "sha256": provenance["weights_sha256"]}
+
+
+def _loaded(models: Mapping[str, Any], device: torch.device | str | None) -> Cascade:
+    """Load the models of a cascade, by their URLs. Raises ConfigError unless they fit together."""
+    device = usable_device(device)
+    prior = trained_prior(models["prior"], device)
+    decoder = trained_model(models["decoder"], device)
+    upsamplers = tuple(trained_model(one, device) for one in models["upsamplers"])
+    encoder = decoder.denoiser.takes.image_encoder
+    if not isinstance(encoder, NamedImageEncoder):
+        raise ConfigError(
+            f"decoder is {models['decoder']}, which is given no image embeddings: name a run with "
+            "embedding.encoder"
+        )
+    if encoder.sha256 != prior.codec.encoder_sha256:
+        raise ConfigError(
+            f"prior and decoder are of different encoders: {models['prior']} draws embeddings of "
+            f"the encoder of sha256 {prior.codec.encoder_sha256[:12]}, and {models['decoder']} "
+            f"takes those of {encoder.sha256[:12]}"
+        )
+    _require_sizes((decoder, *upsamplers), models)
+    plain = {name: getattr(decoder, name) for name in DrawingModel.__dataclass_fields__}
+    return Cascade(**plain, prior=prior, upsamplers=upsamplers)
+
+
+def _require_sizes(stages: Sequence[TrainedModel], models: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless each upsampler takes the images of the stage before it."""
+    for number, (before, after) in enumerate(pairwise(stages)):
+        url, takes = models["upsamplers"][number], after.denoiser.takes.low_resolution_pixels
+        if not takes:
+            raise ConfigError(
+                f"upsamplers has {url}, which enlarges no image: name a run with "
+                "objective.low_resolution_pixels"
+            )
+        small = *low_resolution_size(*after.image_size, takes), after.image_shape.channels
+        if small != before.image_shape:
+            raise ConfigError(
+                f"upsamplers has {url}, which enlarges images of {' x '.join(map(str, small))}, "
+                f"and the stage before it draws {' x '.join(map(str, before.image_shape))}"
+            )

@@ -1,0 +1,165 @@
+"""The job `cascade`, and images drawn from the folder that it writes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("tokenizers", reason="needs the extra [text]")
+
+import ddpm_ray
+from ddpm_ray.assembly.encoder_loading import trained_encoders
+from ddpm_ray.assembly.image_encoders import settled_embedding
+from ddpm_ray.assembly.run_config import tokenizer_facts
+from ddpm_ray.config.loading import ConfigError, load_config
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.tokenizer import Tokenizer
+from ddpm_ray.sampling.image_grid import grid_of_samples
+from ddpm_ray.storage import checksummed_json
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from tests.data.captioned_sets import write_captioned
+from tests.data.embedding_sets import random_embeddings, write_embeddings
+from tests.data.latent_sets import TINY_UNET, commit, initial_run
+from tests.fixtures.job_script import run_job
+from tests.noise import pack_noise
+
+Job = Callable[..., tuple[int, str, str]]
+WIDTH, TEXTS = 6, ["a pear", "a red plum"]
+TOKENIZER = Tokenizer.trained(TEXTS, 300, 6)
+TEXT = ("text.encoder=transformer", "text.length=6", "text.width=8", "text.depth=1", "text.heads=2")
+CONTRASTIVE = (
+    "task=contrastive",
+    f"contrastive.width={WIDTH}",
+    "contrastive.base_channels=4",
+    "contrastive.groups=2",
+    "contrastive.channel_mults=[1,2]",
+    "contrastive.blocks_per_level=1",
+    "training.grid_every_steps=0",
+    *TEXT,
+)
+DIFFUSION = ("schedule.num_steps=20", "schedule.kind=cosine", "sampling.steps=4")
+PRIOR = ("task=prior", "prior.width=8", "prior.depth=1", "training.grid_every_steps=0", *TEXT)
+
+
+def trained(folder: Path, data: str, *keys: str, seed: int = 0, held: Any = None) -> str:
+    """A run in `folder` on the set at `data`, saved with weights that give no zeros; its URL."""
+    config = load_config(RunConfig, None, ["name=x", f"data.url={data}", f"seed={seed}", *keys])
+    config, encoder = settled_embedding(config, open_dataset(data))
+    texts = tokenizer_facts(TOKENIZER) if config.takes_text else {}
+    state = initial_run(config, **{**texts, **encoder, **(held or {})})
+    generator = torch.Generator().manual_seed(seed)
+    for one in (*state.model.parameters(), *state.ema.model.parameters()):
+        torch.nn.init.normal_(one, std=0.1, generator=generator)
+    return commit(state, folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder and another one; a prior, decoder and upsampler, and such that do not fit."""
+    root = tmp_path_factory.mktemp("runs")
+    write_captioned(root / "data", [TEXTS[:1], TEXTS[1:]] * 4, 8)
+    pack_noise(str(root / "large"), 4, 8)
+    write_embeddings(root / "embeddings", random_embeddings(8, WIDTH), 8, captioned=True)
+    data, large, embedded = (str(root / name) for name in ("data", "large", "embeddings"))
+    for number, name in enumerate(("encoder", "other-encoder")):
+        url = trained(root / name, data, *CONTRASTIVE, seed=number)
+        found = trained_encoders(url)
+        held = {"image_encoder": {"url": found.url, "sha256": found.sha256}}
+        prefix = name.removesuffix("encoder")
+        trained(root / f"{prefix}prior", embedded, *PRIOR, *DIFFUSION, held=held)
+        given = f"embedding.encoder={url}"
+        trained(root / f"{prefix}decoder", data, *TINY_UNET, *DIFFUSION, *TEXT, given)
+    trained(root / "plain", data, *TINY_UNET, *DIFFUSION)
+    for pixels in (4, 2):
+        of = f"objective.low_resolution_pixels={pixels}"
+        trained(root / f"upsampler-{pixels}", large, *TINY_UNET, *DIFFUSION, of)
+    return root
+
+
+@pytest.fixture
+def job(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
+    """A job in the folder of the runs: exit code, stdout, stderr."""
+    monkeypatch.chdir(runs)
+    return lambda name, *words: run_job(f"{name}.py", [*words], monkeypatch, capsys)
+
+
+def test_a_cascade_draws_from_its_folder_as_in_python(job: Job, tmp_path: Path) -> None:
+    out = str(tmp_path / "c")
+    models = ("prior=prior", "decoder=decoder", "upsamplers=[upsampler-4]", "candidates=3")
+    code, said, err = job("cascade", "--out", out, *models)
+    assert code == 0, err
+    parts = json.loads(said)
+    assert parts["prior"]["url"].endswith("prior/checkpoints/" + Path(parts["prior"]["url"]).name)
+    assert len({parts[name]["sha256"] for name in ("prior", "decoder")}) == 2
+    cascade = ddpm_ray.load_cascade(out, "cpu")
+    drawn = cascade.sample(2, prompts=TEXTS, seed=3)
+    assert drawn.shape == (2, 8, 8, 1)
+    assert cascade.candidates == 3
+    assert (drawn[0] != drawn[1]).any()
+    words = (f"sampling.prompts=[{','.join(TEXTS)}]", "sampling.seed=3", "num_images=2")
+    code, said, err = job("sample", out, "--out", str(tmp_path / "a.png"), *words)
+    assert code == 0, err
+    wanted = grid_of_samples(drawn, TEXTS)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(wanted))
+    images = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 1), np.uint8)
+    assert cascade.variations(images, per_image=2).shape == (2, 8, 8, 1)
+    assert cascade.interpolate(TEXTS[0], TEXTS[1], 3).shape == (3, 8, 8, 1)
+    Image.fromarray(images[0, ..., 0]).save(tmp_path / "image.png")
+    edited = ("edit", out, str(tmp_path / "image.png"), "--out", str(tmp_path / "b.png"))
+    assert job(*edited, "kind=variations", "num_images=4")[0] == 0
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.size[0] > 2 * 8
+    code, _, err = job(*edited, "kind=image_to_image")
+    assert code == 2
+    assert "a cascade draws only variations of an image: name its decoder" in err
+
+
+@pytest.mark.parametrize(
+    "models, says",
+    [
+        (("decoder=decoder",), "prior is empty; name the run of the prior, as in prior=runs/prior"),
+        (("prior=prior", "decoder=plain"), "decoder is .*plain, which is given no image embedding"),
+        (("prior=decoder", "decoder=decoder"), "decoder holds a denoiser, which draws no embeddi"),
+        (
+            ("prior=other-prior", "decoder=decoder"),
+            "prior and decoder are of different encoders: .* draws embeddings of the encoder of sh",
+        ),
+        (
+            ("prior=prior", "decoder=decoder", "upsamplers=[upsampler-2]"),
+            "upsampler-2, which enlarges images of 2 x 2 x 1, and the stage before it draws 4 x 4",
+        ),
+        (
+            ("prior=prior", "decoder=decoder", "upsamplers=[plain]"),
+            "upsamplers has .*plain, which enlarges no image",
+        ),
+        (("prior=nowhere", "decoder=decoder"), "nowhere: there is no such folder"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(
+    models: tuple[str, ...], says: str, job: Job, tmp_path: Path
+) -> None:
+    code, _, err = job("cascade", "--out", str(tmp_path / "c"), *models)
+    assert code != 0
+    assert "Traceback" not in err
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(err.replace("\n", " "))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_cascade_whose_parts_changed_is_refused(job: Job, runs: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "c")
+    assert job("cascade", "--out", out, "prior=prior", "decoder=decoder")[0] == 0
+    where = f"{out}/cascade.json"
+    parts = checksummed_json.read(where)
+    checksummed_json.write(where, parts | {"decoder": {**parts["decoder"], "sha256": "0" * 64}})
+    with pytest.raises(CheckpointError, match=r"and the cascade .* has 000000000000; put"):
+        ddpm_ray.load_cascade(out)
+    with pytest.raises(ConfigError, match=r"holds no cascade\.json: make a cascade with"):
+        ddpm_ray.load_cascade(runs / "prior")
