@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
-pytest.importorskip("transformers", reason="needs the extra [dev]")
+pytest.importorskip("transformers", reason="needs the extra [text]")
 
 import ddpm_ray
 from ddpm_ray.assembly import run_config

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
+import torch
 from torch import nn
 
 from ddpm_ray.assembly import run_config
@@ -16,6 +17,8 @@ from ddpm_ray.config.text import FROZEN, FrozenTextKind
 from ddpm_ray.data.tokenizer import Tokenizer, TokenizerError
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.frozen_text import ContrastiveText, FrozenText
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
+from ddpm_ray.models.interop.transformers_text import CONFIG, TOKENIZER, text_folder
 from ddpm_ray.models.prior import Prior
 from ddpm_ray.models.text_encoder import FrozenTextSpec
 from ddpm_ray.models.unet import UNet
@@ -25,38 +28,42 @@ from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 TEXT_ENCODER_COPY = "text_encoder"  # folder in that of a checkpoint that was copied to MLflow
 NOT_LOADED = "the text encoder of this model does not load"
+NOT_FOUND = (CheckpointError, ConfigError, TokenizerError, UnsupportedModelError)
 
 
 @dataclass(frozen=True, eq=False)
 class TextModel:
-    """A loaded text encoder, its tokenizer, and what identifies it."""
+    """A text encoder that was found: its tokenizer, its sizes, and what identifies it."""
 
-    encoder: FrozenText
+    load: Callable[[], FrozenText]  # on the CPU; raises UnsupportedModelError
+    spec: FrozenTextSpec
     tokenizer: Tokenizer
     kind: FrozenTextKind
     url: str  # of its checkpoint or folder
-    sha256: str  # of its weights
+    sha256: str  # of its weights; of a folder of transformers, of all its files
 
     def facts(self) -> dict[str, Any]:
         """The facts by which a checkpoint names it."""
-        spec = self.encoder.spec
         return {
             "kind": self.kind,
             "url": self.url,
             "sha256": self.sha256,
-            "width": spec.width,
-            "pooled_width": spec.pooled_width,
+            "width": self.spec.width,
+            "pooled_width": self.spec.pooled_width,
         }
 
 
-def text_model(kind: FrozenTextKind, url: str) -> TextModel:
-    """Load the text encoder at `url` on the CPU.
+def text_model(kind: FrozenTextKind, url: str, length: int) -> TextModel:
+    """Find the text encoder at `url`, for texts of `length` tokens if the model leaves it open.
 
-    Raises ConfigError for a model of another kind, CheckpointError, TokenizerError, StorageError.
+    Raises ConfigError and UnsupportedModelError for a model of another kind, CheckpointError,
+    TokenizerError, StorageError.
     """
     match kind:
         case "contrastive":
             return _of_contrastive(url)
+        case "transformers":
+            return _of_transformers(url, length)
         case never:
             assert_never(never)
 
@@ -86,14 +93,14 @@ def bind_text_model(
             )
         return
     try:
-        found = _checked(facts, moved or _copy_in(where) or held["url"])
+        encoder = _checked(facts, moved or _copy_in(where) or held["url"]).load()
     except ValueError as error:
         key = "text_model" if where else "text.model"  # of a job, or of the run itself
         remedy = f"name the one that it was trained with, as in {key}={FROZEN[held['kind']]}"
         raise CheckpointError(where or held["url"], str(error), remedy) from error
     assert isinstance(network, UNet | DiT | Prior)
     assert network.text is not None  # built with the facts
-    network.text.bind(found.encoder)
+    network.text.bind(encoder)
 
 
 def copy_text_model(facts: Mapping[str, Any], folder: Path) -> None:
@@ -107,7 +114,7 @@ def copy_text_model(facts: Mapping[str, Any], folder: Path) -> None:
     destination = folder / TEXT_ENCODER_COPY
     try:
         files = _files(held["kind"], held["url"])
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, UnsupportedModelError) as error:
         raise ValueError(f"{NOT_LOADED}: {error}") from error
     for name, source in files.items():
         object_store.write_bytes(str(destination / name), object_store.read_bytes(source))
@@ -122,8 +129,8 @@ def _checked(facts: Mapping[str, Any], url: str, named: str = "") -> TextModel:
     """
     held = facts["text_encoder"]
     try:
-        found = text_model(held["kind"], url)
-    except (CheckpointError, ConfigError, TokenizerError) as error:
+        found = text_model(held["kind"], url, facts["tokenizer"]["length"])
+    except NOT_FOUND as error:
         raise ValueError(f"{NOT_LOADED}: {error}") from error
     wanted = (held["sha256"], facts["tokenizer"]["sha256"])
     here = (found.sha256, found.tokenizer.sha256)
@@ -141,7 +148,8 @@ def _copy_in(where: str) -> str:
     if not where or not object_store.is_local(where):  # copies are made for MLflow
         return ""
     place = object_store.local_path(where) / TEXT_ENCODER_COPY
-    return str(place) if (place / checkpoint_folder.MANIFEST).is_file() else ""
+    held = any((place / name).is_file() for name in (checkpoint_folder.MANIFEST, CONFIG))
+    return str(place) if held else ""
 
 
 def _files(kind: FrozenTextKind, url: str) -> dict[str, str]:
@@ -149,6 +157,9 @@ def _files(kind: FrozenTextKind, url: str) -> dict[str, str]:
     match kind:
         case "contrastive":
             return encoder_files(url)
+        case "transformers":
+            found = text_folder(url)
+            return {name: str(found.path / name) for name in found.files}
         case never:
             assert_never(never)
 
@@ -159,4 +170,18 @@ def _of_contrastive(url: str) -> TextModel:
         found.model.spec.text.width, found.model.spec.width, found.tokenizer.null_tokens
     )
     encoder = FrozenText(ContrastiveText(found.model), spec)
-    return TextModel(encoder, found.tokenizer, "contrastive", found.url, found.sha256)
+    return TextModel(lambda: encoder, spec, found.tokenizer, "contrastive", found.url, found.sha256)
+
+
+def _of_transformers(url: str, length: int) -> TextModel:
+    found = text_folder(url)
+    tokenizer = Tokenizer.read(str(found.path / TOKENIZER), length)
+    end = tokenizer.end_token
+    found.require_tokens(end, tokenizer.vocabulary, length)
+    spec = FrozenTextSpec(found.width, found.pooled_width, tokenizer.null_tokens)
+
+    def load() -> FrozenText:
+        """Read the weights; in bfloat16 on GPUs."""
+        return FrozenText(found.load(end), spec, torch.bfloat16)
+
+    return TextModel(load, spec, tokenizer, "transformers", url, found.sha256())

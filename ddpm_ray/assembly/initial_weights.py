@@ -95,7 +95,7 @@ def check_initial_weights(
     encoder that is trained elsewhere. Raises ConfigError for
     another network or inputs of another meaning, and what `_read` and `matched` raise.
     """
-    found, text = _read(source), text_model.encoder.spec if text_model else None
+    found, text = _read(source), text_model.spec if text_model else None
     spec = networks.network_spec(config, image_shape, tokenizer=tokenizer, frozen_text=text)
     where = sanitize(source.checkpoint)
     if lines := [*incompatibilities(found, spec, config, codec, tokenizer)]:

@@ -8,11 +8,13 @@ from ddpm_ray.config.option_fields import option, shown
 
 FEWEST_TOKENS = 256 + 2  # of a trained tokenizer: one for each byte, the start and the end
 SHORTEST_TEXT = 3  # tokens: its start, one of a word, its end
-FrozenTextKind: TypeAlias = Literal["contrastive"]
-TextEncoderKind: TypeAlias = Literal["none", "transformer", "contrastive"]
+FrozenTextKind: TypeAlias = Literal["contrastive", "transformers"]
+TextEncoderKind: TypeAlias = Literal["none", "transformer", "contrastive", "transformers"]
 FROZEN: dict[TextEncoderKind, str] = {  # what text.model is an example of
     "contrastive": "runs/encoders",
+    "transformers": "models/clip",
 }
+OPEN = {"transformers": ("length",)}  # options that a frozen kind leaves to the run
 MOVED_TEXT_MODEL = "URL of a frozen text encoder, if it has moved since training"
 
 
@@ -23,13 +25,14 @@ class TextConfig:
     encoder: TextEncoderKind = option(
         "none",
         "text encoder; none: images without text; transformer: CLIP's, trained with the network; "
-        "contrastive: that of a run with task=contrastive, frozen",
+        "contrastive: that of a run with task=contrastive, frozen; transformers: CLIP or T5 in a "
+        "folder of that library, frozen",
         defines_run=True,
     )
     model: str = option(
         "",
-        "frozen text encoder: folder or URL of its run or checkpoint; a continued run may name "
-        "another place of the same model",
+        "frozen text encoder: folder or URL of its run or checkpoint, or a local folder that "
+        "transformers saved; a continued run may name another place of the same model",
     )
     tokenizer: str = option(
         "",
@@ -81,5 +84,5 @@ class TextConfig:
                     f"{given} text.encoder=transformer does not read: it is trained with the "
                     f"network; leave it out, or set text.encoder={' or '.join(FROZEN)}"
                 )
-            elif self.frozen and item.name != "model":
+            elif self.frozen and item.name not in ("model", *OPEN.get(self.frozen, ())):
                 yield f"{given} the model of text.model defines; leave it out"

@@ -19,20 +19,23 @@ from ddpm_ray.models.text_encoder import EncodedText, FrozenTextSpec
 class FrozenText:
     """Tokens int64 [B, L] -> EncodedText, without gradients; NO_TEXT rows are the text "".
 
-    `module` computes them from tokens of the tokenizer, in its own dtype also under autocast. It is
-    no nn.Module itself: a network that holds it has it in no state_dict, and neither optimizer, EMA
-    nor DDP see it. All copies of the network share it.
+    `module` computes them from tokens of the tokenizer, in its own dtype also under autocast, or on
+    a GPU in `gpu_dtype`, if that is given. It is no nn.Module itself: a network that holds it has
+    it in no state_dict, and neither optimizer, EMA nor DDP see it. All copies of the network share
+    it.
     """
 
-    def __init__(self, module: nn.Module, spec: FrozenTextSpec) -> None:
+    def __init__(
+        self, module: nn.Module, spec: FrozenTextSpec, gpu_dtype: torch.dtype | None = None
+    ) -> None:
         self.module = module.eval().requires_grad_(False)
-        self.spec = spec
+        self.spec, self.gpu_dtype = spec, gpu_dtype
         self.null_tokens = torch.tensor(spec.null_tokens)  # int64 [L]
 
     def to(self, device: torch.device) -> None:
         """Move it to `device`."""
         if self.null_tokens.device != device:
-            self.module.to(device)
+            self.module.to(device, self.gpu_dtype if device.type == "cuda" else None)
             self.null_tokens = self.null_tokens.to(device)
 
     def __call__(self, tokens: Tensor) -> EncodedText:

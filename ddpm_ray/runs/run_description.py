@@ -70,7 +70,7 @@ def _model_lines(
     text_model: TextModel | None,
 ) -> list[str]:
     """Describe the network for images [H, W, C] and what it is trained for."""
-    text_spec = text_model.encoder.spec if text_model else None
+    text_spec = text_model.spec if text_model else None
     with torch.device("meta"):
         network = networks.network(config, image_shape, tokenizer=tokenizer, frozen_text=text_spec)
     count = sum(parameter.numel() for parameter in network.parameters())

@@ -309,7 +309,7 @@ def captions_facts(config: RunConfig) -> dict[str, Any]:
         return {}
     pytest.importorskip("tokenizers", reason="needs the extra [text]")
     if config.text.frozen:
-        model = text_model(config.text.frozen, config.text.model)
+        model = text_model(config.text.frozen, config.text.model, config.text.length)
         return text_facts(model.tokenizer, model)
     captions = read_captions(open_dataset(config.data.url), range(3))
     texts = [text for several in captions for text in several]
