@@ -1,25 +1,30 @@
 """Build what the scores of a run need: feature network, metrics, held-out statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, assert_never
 
 import torch
 
+from ddpm_ray.assembly.encoder_loading import trained_encoders
 from ddpm_ray.assembly.run_config import run_history
 from ddpm_ray.assembly.training_run import ema_decay
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset, open_dataset
+from ddpm_ray.data.tokenizer import TokenizerError
+from ddpm_ray.evaluation.alignment import Alignment
 from ddpm_ray.evaluation.ceiling import Ceiling, ceiling_facts, measure_ceiling, stored_ceiling
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features import feature_extractor
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.storage import checksummed
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 
 def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> FeatureNet:
@@ -53,6 +58,27 @@ def held_out(
     if not config.held_out_url:
         return None
     return reference(open_dataset(config.held_out_url), net, workers, codec=codec)
+
+
+def alignment(
+    config: EvaluationConfig, prompts: Sequence[str], device: torch.device
+) -> Alignment | None:
+    """The score of how samples fit `prompts`, for one evaluation; None if it is not computed.
+
+    Raises ConfigError, in one line, for an encoder that does not load, and without prompts.
+    """
+    if not config.alignment_encoder:
+        return None
+    given = f"evaluation.alignment_encoder is {config.alignment_encoder!r}"
+    if not prompts:
+        raise ConfigError(
+            f"{given}, but the samples have no prompts: leave it out, or score a model of texts on "
+            f"data with captions"
+        )
+    try:
+        return Alignment(trained_encoders(config.alignment_encoder, device), prompts)
+    except (CheckpointError, ConfigError, TokenizerError) as error:
+        raise ConfigError(f"{given}: {error}") from error
 
 
 def reference_data(config: EvaluationConfig, dataset: Dataset) -> Dataset:

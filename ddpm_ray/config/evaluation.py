@@ -118,6 +118,11 @@ class EvaluationConfig:
         "",
         "shards of images to score a model of latents against; empty: its decoded training latents",
     )
+    alignment_encoder: str = option(
+        "",
+        "folder or URL of a run with task=contrastive, for models of texts: eval/alignment is the "
+        "mean cosine of samples and their prompts in its space; empty: not computed",
+    )
     memorisation_images: int = option(
         0,
         "evaluate only: samples to compare with their nearest training images; 0: none",

@@ -200,10 +200,21 @@ class RunConfig:
                 f"autoencoder.discriminator_from_step does not support: set one of the two to its "
                 f"default"
             )
+        yield from self._output_problems()
+
+    def _output_problems(self) -> Iterator[str]:
+        """Yield a line for each score and picture that the trained model does not have."""
+        traits = self.traits
         if self.evaluation.features == "none" and traits.has_noise:
             yield (
                 f"evaluation.features is 'none'; the scores of {traits.name} need a feature "
                 f"network: choose inception or digits"
+            )
+        if self.evaluation.alignment_encoder and not (traits.draws_images and self.takes_text):
+            yield (
+                f"evaluation.alignment_encoder is {shown(self.evaluation.alignment_encoder)}; it "
+                f"compares images with their texts, and this model draws no images of texts: leave "
+                f"it out"
             )
         pictures = traits.draws_images or traits.reconstructs
         for key, value, fits in (

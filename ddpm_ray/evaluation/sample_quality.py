@@ -22,6 +22,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, quadratic_steps, uniform_steps
 from ddpm_ray.evaluation import feature_metrics
+from ddpm_ray.evaluation.alignment import Alignment
 from ddpm_ray.evaluation.ceiling import Ceiling
 from ddpm_ray.evaluation.confidence_interval import GROUPS, enough_for_infinity, groups_of
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
@@ -51,6 +52,7 @@ class SampleSet:
     weights: Mapping[str, Any]  # plain JSON: EMA decay, step, sha256
     # Plain JSON: precision and compilation of the network that draws the samples.
     arithmetic: Mapping[str, Any] = field(default_factory=dict)
+    alignment: Alignment | None = None  # with their prompts; None: not scored
 
     def images(self, share: range, device: torch.device) -> Batches:
         """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""
@@ -96,6 +98,7 @@ def evaluate_samples(
     for known in filter(None, (reference, held_out)):
         _require_comparable(known, net, samples.image_shape)
     batches = counted(samples.images(workers.share(num_images), workers.device))
+    batches = batches if samples.alignment is None else samples.alignment.watched(batches)
     keep = {w: feature_metrics.kept_images(w, reference, num_images) for w in net.widths}
     groups = groups_of(num_images, _cycle(samples))
     statistics = feature_metrics.extract_features(net, batches, keep, workers, groups)
@@ -105,6 +108,8 @@ def evaluate_samples(
         else {}
     )
     found = _provenance(samples, net, reference)
+    if (fits := samples.alignment) is not None:
+        metrics, found["alignment"] = metrics | fits.metrics(workers), fits.facts
     found["arithmetic"] = arithmetic(workers.device) | dict(samples.arithmetic)
     if ceiling is not None:
         metrics, found["ceiling"] = ceiling.with_ceilings(metrics), ceiling.facts

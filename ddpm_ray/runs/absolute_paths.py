@@ -42,6 +42,7 @@ def absolute_evaluation_paths(wanted: EvaluationConfig, home: Path) -> Evaluatio
     return dataclasses.replace(
         wanted,
         weights=object_store.absolute(wanted.weights, home),
+        alignment_encoder=object_store.absolute(wanted.alignment_encoder, home),
         held_out_url=object_store.absolute(wanted.held_out_url, home),
         reference_url=object_store.absolute(wanted.reference_url, home),
         memorisation_picture=object_store.absolute(wanted.memorisation_picture, home),

@@ -61,6 +61,9 @@ class PeriodicEvaluator:
                 batch_size=grid_logger.batch_size,
                 weights=scoring.ema_provenance(self._config, step, facts=self._state.facts),
                 arithmetic=scoring.arithmetic_of_samples(wanted),
+                alignment=scoring.alignment(
+                    wanted, plan.settings.clean_prompts, grid_logger.workers.device
+                ),
             ),
             net,
             known,

@@ -26,8 +26,8 @@ TINY = (
     "run.training.log_every_steps=20",
     "stopping.every_steps=40",
 )
-# Two that can be trained, one whose weights overflow at once, one whose x_T is far from noise.
-MIXED = "space=[{schedule.kind: [cosine, sigmoid]}, {training.learning_rate: [1e30]}, \
+# One that can be trained, one whose weights overflow at once, one whose x_T is far from noise.
+MIXED = "space=[{schedule.kind: [cosine]}, {training.learning_rate: [1e30]}, \
 {schedule.kind: [linear], schedule.num_steps: [100]}]"
 FOUR = "space=[{schedule.kind: [cosine, sigmoid], schedule.num_steps: [1000, 250]}]"
 
@@ -74,14 +74,14 @@ def test_a_trial_that_diverges_fails_alone(tmp_path: Path) -> None:
     assert job.code == 3, job.reported
     found = left(tmp_path)
     statuses = [trial["status"] for trial in found.trials]
-    assert statuses == ["finished", "finished", "failed", "pruned"]
-    reason = found.trials[2]["reason"]
+    assert statuses == ["finished", "failed", "pruned"]
+    reason = found.trials[1]["reason"]
     assert "the gradient's norm is" in reason
-    assert "1 of 4 trials failed" in job.lines[-1]
-    assert "\n           2 failed" in job.reported  # its row of the table
+    assert "1 of 3 trials failed" in job.lines[-1]
+    assert "\n           1 failed" in job.reported  # its row of the table
     assert job.result["trials"]["failed"] == 1
     statuses = sorted(run.info.status for run in found.children)
-    assert statuses == ["FAILED", "FINISHED", "FINISHED", "KILLED"]  # the last one: pruned
+    assert statuses == ["FAILED", "FINISHED", "KILLED"]  # the last one: pruned
     (failed,) = (run for run in found.children if run.info.status == "FAILED")
     assert reason in failed.data.tags.values()
     assert found.parent.info.status == "FINISHED"

@@ -128,15 +128,17 @@ def _sample_scores(
     dataset, codec = open_dataset(config.data_url), model.denoiser.codec
     data = scoring.reference_data(wanted, dataset)
     known = reference(data, net, workers, kernel_images=kept, codec=codec)
+    plan = with_prompts(plan, model.denoiser, data, wanted.num_images)
     return sample_quality.evaluate_samples(
         sample_quality.SampleSet(
             _drawing(model, config, workers),
-            with_prompts(plan, model.denoiser, data, wanted.num_images),
+            plan,
             image_shape=model.image_shape,
             num_images=wanted.num_images,
             batch_size=config.sampling.batch_size,
             weights=_weights(model) | {"guidance": vars(config.guidance)},
             arithmetic=scoring.arithmetic_of_samples(wanted),
+            alignment=scoring.alignment(wanted, plan.settings.clean_prompts, workers.device),
         ),
         net,
         known,

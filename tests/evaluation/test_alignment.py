@@ -1,0 +1,90 @@
+"""The score of samples against their prompts."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_ray.assembly import scoring
+from ddpm_ray.collectives import Workers
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.loading import ConfigError, load_config
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.evaluation.alignment import Alignment
+from tests.fixtures.threaded_workers import OnWorkers
+
+ANGLES = (0.0, 0.5, 1.1, 2.0)
+PROMPTS = ["0.3", "1.0"]
+
+
+class Angles:
+    """Encoders of the plane: the grey of an image and the number in a text are angles."""
+
+    sha256 = "a" * 64
+
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        angles = images[:, 0, 0, 0].double() / 100
+        return torch.stack([angles.cos(), angles.sin()], 1)
+
+    def text_embeddings(self, prompts: list[str]) -> Tensor:
+        angles = torch.tensor([float(one) for one in prompts], dtype=torch.float64)
+        return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def images_of(share: range) -> Iterator[tuple[Tensor, Tensor]]:
+    for i in share:
+        grey = np.full((1, 2, 2, 1), round(100 * ANGLES[i]), np.uint8)
+        yield torch.tensor([i]), torch.from_numpy(grey)
+
+
+def scored(workers: Workers) -> dict[str, float]:
+    of = Alignment(Angles(), PROMPTS)  # type: ignore[arg-type]
+    for _ in of.watched(images_of(workers.share(len(ANGLES)))):
+        pass
+    return of.metrics(workers)
+
+
+def test_it_is_the_mean_cosine_with_its_interval_for_any_number_of_workers(
+    on_workers: OnWorkers,
+) -> None:
+    cosines = [math.cos(angle - float(PROMPTS[i % 2])) for i, angle in enumerate(ANGLES)]
+    found = scored(Workers())
+    assert found["eval/alignment"] == pytest.approx(np.mean(cosines), abs=1e-12)
+    half = 3.182446305 * np.std(cosines, ddof=1) / 2  # Student's for 3 degrees of freedom
+    assert found["eval/alignment_low"] == pytest.approx(np.mean(cosines) - half, abs=1e-9)
+    assert found["eval/alignment_high"] == min(1.0, np.mean(cosines) + half)
+    for count in (2, 3):
+        assert on_workers(count, scored) == [found] * count
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (("evaluation.alignment_encoder=runs/e",), "this model draws no images of texts: leave it"),
+        (
+            ("task=prior", "text.encoder=transformer", "evaluation.alignment_encoder=runs/e"),
+            "this model draws no images of texts",
+        ),
+    ],
+)
+def test_models_without_texts_have_none(keys: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(RunConfig, None, ["name=x", "data.url=none", *keys])
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    wanted = EvaluationConfig(alignment_encoder="nowhere")
+    cpu: Any = torch.device("cpu")
+    assert scoring.alignment(EvaluationConfig(), ["a"], cpu) is None
+    with pytest.raises(
+        ConfigError, match="alignment_encoder is 'nowhere': nowhere: there is no su"
+    ):
+        scoring.alignment(wanted, ["a"], cpu)
+    with pytest.raises(
+        ConfigError, match="alignment_encoder is 'nowhere', but the samples have no"
+    ):
+        scoring.alignment(wanted, [], cpu)
