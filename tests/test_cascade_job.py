@@ -1,6 +1,7 @@
 """The job `cascade`, and images drawn from the folder that it writes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import ddpm_ray
 from ddpm_ray.assembly.encoder_loading import trained_encoders
 from ddpm_ray.assembly.image_encoders import settled_embedding
 from ddpm_ray.assembly.run_config import tokenizer_facts
-from ddpm_ray.config.loading import ConfigError, load_config
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.tokenizer import Tokenizer
@@ -47,7 +48,9 @@ DIFFUSION = ("schedule.num_steps=20", "schedule.kind=cosine", "sampling.steps=4"
 PRIOR = ("task=prior", "prior.width=8", "prior.depth=1", "training.grid_every_steps=0", *TEXT)
 
 
-def trained(folder: Path, data: str, *keys: str, seed: int = 0, held: Any = None) -> str:
+def trained(
+    folder: Path, data: str, *keys: str, seed: int = 0, held: Any = None, step: int = 0
+) -> str:
     """A run in `folder` on the set at `data`, saved with weights that give no zeros; its URL."""
     config = load_config(RunConfig, None, ["name=x", f"data.url={data}", f"seed={seed}", *keys])
     config, encoder = settled_embedding(config, open_dataset(data))
@@ -56,6 +59,7 @@ def trained(folder: Path, data: str, *keys: str, seed: int = 0, held: Any = None
     generator = torch.Generator().manual_seed(seed)
     for one in (*state.model.parameters(), *state.ema.model.parameters()):
         torch.nn.init.normal_(one, std=0.1, generator=generator)
+    state.step = step
     return commit(state, folder)
 
 
@@ -163,3 +167,23 @@ def test_a_cascade_whose_parts_changed_is_refused(job: Job, runs: Path, tmp_path
         ddpm_ray.load_cascade(out)
     with pytest.raises(ConfigError, match=r"holds no cascade\.json: make a cascade with"):
         ddpm_ray.load_cascade(runs / "prior")
+
+
+def test_a_continued_run_keeps_the_encoder_that_it_began_with(runs: Path, tmp_path: Path) -> None:
+    """The encoder's run may train on; if its first checkpoint is deleted, the run says so."""
+    data, folder = str(runs / "data"), tmp_path / "encoder"
+    url = trained(folder, data, *CONTRASTIVE)
+    config = load_config(
+        RunConfig, None, ["name=x", f"data.url={data}", f"embedding.encoder={url}"]
+    )
+    dataset = open_dataset(data)
+    settled, begun = settled_embedding(config, dataset)
+    assert settled.embedding.width == WIDTH
+    stored = {"config": to_dict(settled), **begun}
+    (first,) = (folder / "checkpoints").glob("step-*")
+    trained(folder, data, *CONTRASTIVE, seed=1, step=5)
+    assert settled_embedding(config, dataset)[1] != begun
+    assert settled_embedding(config, dataset, stored)[1] == begun
+    shutil.rmtree(first)
+    with pytest.raises(ConfigError, match=r"but the run began with .*: name the place of that one"):
+        settled_embedding(config, dataset, stored)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.tokenizer import TokenizerError
-from ddpm_ray.models.unet_spec import require_divisible
+from ddpm_ray.redaction import sanitize
 from ddpm_ray.sampling.image_text import TrainedEncoders
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
@@ -24,6 +25,7 @@ from ddpm_ray.training import checkpoint_folder
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 ENCODER_COPY = "image_encoder"  # folder in that of a checkpoint that was copied to MLflow
+NOT_FOUND = (CheckpointError, ConfigError, StorageError, TokenizerError)
 REMEDY = "put the checkpoint of that encoder back"
 
 
@@ -52,8 +54,10 @@ class NamedImageEncoder:
     def encoders(self) -> TrainedEncoders:
         """The loaded encoders. CheckpointError unless they load and have the weights `sha256`."""
         try:
+            if not self.url:
+                raise ConfigError("its place is unknown, as encoding.json of the data is missing")
             found = trained_encoders(self.url, self.device)
-        except (CheckpointError, ConfigError, StorageError, TokenizerError) as error:
+        except NOT_FOUND as error:
             problem = f"the encoder of its image embeddings does not load: {error}"
             raise CheckpointError(self.where, problem, REMEDY) from error
         if found.sha256 != self.sha256:
@@ -65,31 +69,35 @@ class NamedImageEncoder:
         return found
 
 
-def settled_embedding(config: RunConfig, dataset: Dataset) -> tuple[RunConfig, dict[str, Any]]:
+def settled_embedding(
+    config: RunConfig, dataset: Dataset, stored: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[RunConfig, dict[str, Any]]:
     """`config` with the width of its image embeddings, and the facts that name their encoder.
 
-    The facts are empty for a run without embeddings. Raises ConfigError, in one line, for an
-    encoder that does not load or does not take the images of `dataset`.
+    The facts are empty for a run without embeddings. `stored` are the identity or the facts of a
+    run that is continued: it keeps the checkpoint that it began with, even if the encoder's run
+    trained on. Raises ConfigError, in one line, for an encoder that does not load, that does not
+    take the images of `dataset`, or that is another one.
     """
     wanted, manifest = config.embedding, dataset.manifest
     if not wanted.encoder:
         return config, {}
-    given = f"embedding.encoder is {wanted.encoder!r}"
+    given = f"embedding.encoder is {sanitize(wanted.encoder)}"
     if manifest.codec != "pixels":
         raise ConfigError(
             f"{given}, which embeds images, but {dataset.url} holds {manifest.codec}: train on the "
             f"images, or leave it out"
         )
     try:
-        encoders = trained_encoders(wanted.encoder)
-        require_divisible(manifest.image_shape[:2], len(encoders.model.spec.channel_mults))
-    except (CheckpointError, ConfigError, StorageError, TokenizerError, ValueError) as error:
+        encoders = _as_begun(wanted.encoder, stored) or trained_encoders(wanted.encoder)
+        encoders.require_fitting(manifest.image_shape)
+    except (*NOT_FOUND, ValueError) as error:
         raise ConfigError(f"{given}: {error}") from error
-    channels, theirs = manifest.image_shape.channels, encoders.model.spec.image_channels
-    if channels != theirs:
+    held = stored.get("image_encoder")
+    if held and held["sha256"] != encoders.sha256:
         raise ConfigError(
-            f"{given}, which takes images of {theirs} channels; those of {dataset.url} have "
-            f"{channels}: name an encoder of such images"
+            f"{given}, whose weights have sha256 {encoders.sha256[:12]}, but the run began with "
+            f"{held['sha256'][:12]}: name the place of that one, or start a run with another name="
         )
     if wanted.width not in (0, encoders.width):
         raise ConfigError(
@@ -98,6 +106,18 @@ def settled_embedding(config: RunConfig, dataset: Dataset) -> tuple[RunConfig, d
         )
     settled = replace(config, embedding=replace(wanted, width=encoders.width))
     return settled, {"image_encoder": {"url": encoders.url, "sha256": encoders.sha256}}
+
+
+def _as_begun(url: str, stored: Mapping[str, Any]) -> TrainedEncoders | None:
+    """The encoder that the run `stored` began with, if `url` still names its place; else None."""
+    held = stored.get("image_encoder")
+    if not held or stored["config"].get("embedding", {}).get("encoder") != url:
+        return None
+    try:
+        found = trained_encoders(held["url"])
+    except NOT_FOUND:  # it was deleted, or is not readable
+        return None
+    return found if found.sha256 == held["sha256"] else None
 
 
 def named_encoder(
@@ -143,17 +163,6 @@ def copy_image_encoder(facts: Mapping[str, Any], folder: Path) -> None:
             f"the encoder of its image embeddings had sha256 {held['sha256'][:12]}, and that of "
             f"{held['url']} has {found.sha256[:12]}"
         )
-
-
-def encoder_problem(facts: Mapping[str, Any], of_run: Mapping[str, Any]) -> str:
-    """A line if a run with `facts` began with another image encoder than `of_run` names; else "".
-
-    Both are facts of checkpoints.
-    """
-    then, now = (one.get("image_encoder", {}).get("sha256", "none") for one in (of_run, facts))
-    if then == now:
-        return ""
-    return f"embedding.encoder has sha256 {now[:12]}, but the run began with {then[:12]}"
 
 
 def _copy_in(where: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ddpm_ray.assembly import data_order, initial_weights, run_config
 from ddpm_ray.assembly.frozen_text import TextModel
-from ddpm_ray.assembly.image_encoders import encoder_problem
+from ddpm_ray.assembly.image_encoders import settled_embedding
 from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.config.loading import ConfigError, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -20,6 +20,8 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 
 log = logging.getLogger(__name__)
+
+ENCODER_KEYS = {"text_encoder": "text.model", "image_encoder": "embedding.encoder"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,14 @@ def settled_config(config: RunConfig, dataset: Dataset, folder: str) -> RunConfi
     for line in data_order.lane_warnings(config):
         log.warning("%s", line)
     return config
+
+
+def settled_run(
+    config: RunConfig, dataset: Dataset, folder: str
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return `settled_config` and the facts of the image encoder, as `settled_embedding` does."""
+    settled = settled_config(config, dataset, folder)
+    return settled_embedding(settled, dataset, stored_start(folder))
 
 
 def stored_start(folder: str) -> dict[str, Any]:
@@ -81,14 +91,13 @@ def begin_run(
         """One line for each option that differs from the stored one and may not."""
         if "config" not in begun:
             return [f"name is {config.name!r}, which is the name of a sweep in this folder"]
-        lines = run_config.changed_keys(config, begun if facts is None else facts, shape)
-        if facts is not None and (problem := encoder_problem(encoder or {}, facts)):
-            lines.append(problem)
-        return lines
+        return run_config.changed_keys(config, begun if facts is None else facts, shape)
 
     begun = {"config": to_dict(config), "data_fingerprint": dataset.fingerprint}
+    encoders = dict(encoder or {})
     if text_model is not None:
-        begun["text_encoder"] = text_model.facts()
+        encoders["text_encoder"] = text_model.facts()
+    begun |= encoders
     if facts is not None:
         identity = claim(folder, begun, changed_keys)
         made = run_config.run_changes(config, facts, shape)
@@ -97,7 +106,7 @@ def begin_run(
         return RunStart(identity, facts["step"], run_config.run_history(facts | {"changes": made}))
     if not config.training.init_from:
         identity = claim(folder, begun, changed_keys)
-        _require_agreement(folder, text_model)
+        _require_agreement(folder, encoders)
         return RunStart(identity)
     known = run_identity.stored_identity(folder).get("init_from")
     source = (
@@ -107,21 +116,22 @@ def begin_run(
         source, config, shape, codec_of(dataset.manifest), tokenizer, text_model
     )
     identity = claim(folder, begun | {"init_from": vars(source)}, changed_keys)
-    _require_agreement(folder, text_model)
+    _require_agreement(folder, encoders)
     # Of drivers that start at once, the first one's choice counts; another may have found a later
     # checkpoint.
     source = InitialWeights(**run_identity.stored_identity(folder)["init_from"])
     return RunStart(identity, 0, {"init_from": vars(source)}, source)
 
 
-def _require_agreement(folder: str, text_model: TextModel | None) -> None:
-    """Raise ConfigError if another driver that started at once found another text encoder.
+def _require_agreement(folder: str, encoders: Mapping[str, Any]) -> None:
+    """Raise ConfigError if another driver that started at once found another encoder.
 
     The run that trains it may have committed a checkpoint in between.
     """
-    stored = run_identity.stored_identity(folder).get("text_encoder")
-    if text_model and stored and stored["sha256"] != text_model.sha256:
-        raise ConfigError(
-            f"text.model: {text_model.url} is not the checkpoint that another driver found when it "
-            f"started this run at once: run the same command again"
-        )
+    stored = run_identity.stored_identity(folder)
+    for key, mine in encoders.items():
+        if key in stored and stored[key]["sha256"] != mine["sha256"]:
+            raise ConfigError(
+                f"{ENCODER_KEYS[key]}: {mine['url']} is not the checkpoint that another driver "
+                f"found when it started this run at once: run the same command again"
+            )

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddpm_ray.assembly.image_encoders import settled_embedding
 from ddpm_ray.config.loading import flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
@@ -23,7 +22,7 @@ from ddpm_ray.runs.run_description import (
     score_tags,
     with_picture,
 )
-from ddpm_ray.runs.run_start import RunStart, begin_run, settled_config
+from ddpm_ray.runs.run_start import RunStart, begin_run, settled_run
 from ddpm_ray.runs.run_tags import history_tags, run_tags
 from ddpm_ray.runs.run_text_model import RunTexts, run_texts
 from ddpm_ray.runs.train_worker import train_worker
@@ -103,7 +102,7 @@ def run_training(
     warn_of_another_host(config.tracking.uri)
     dataset, seen = checked_data(config)
     folder = object_store.join(config.storage, config.name)
-    config, encoder = settled_embedding(settled_config(config, dataset, folder), dataset)
+    config, encoder = settled_run(config, dataset, folder)
     texts = run_texts(config, dataset, folder)
     of_data = {**encoder, **texts.settings, "fingerprints": seen}
     start = begin_run(config, dataset, folder, texts.tokenizer, encoder, texts.model)
