@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Protocol
 
 import torch
@@ -144,6 +145,16 @@ class PixelCodec:
         """Return E[x_0^2], from the mean and standard deviation [C] of the pixels."""
         squares = [(mean / self.levels_per_unit - 1) ** 2 for mean in pixel_mean]
         return sum(squares) / len(squares) + self.variance(pixel_std)
+
+
+@lru_cache(maxsize=64)
+def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `values` [n] as a tensor on `device`, copied there once.
+
+    A copy from the host in each training step would wait for the device.
+    """
+    with torch.inference_mode(False):  # what is made in that mode cannot take part in training
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def require_finite(x_0: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.counter_rng import Step
+from ddpm_ray.data.codec import constants
 from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.manifest import Manifest
@@ -108,5 +109,5 @@ class EmbeddingCodec:
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, float64 [E] each, on the device of `like`."""
-        both = torch.tensor((self.mean, self.std), dtype=torch.float64, device=like.device)
-        return both[0], both[1]
+        mean, std = (constants(each, torch.float64, like.device) for each in (self.mean, self.std))
+        return mean, std

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose, Step
-from ddpm_ray.data.codec import require_finite
+from ddpm_ray.data.codec import constants, require_finite
 from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_preview import PreviewMatrix
@@ -188,7 +188,7 @@ class LatentCodec:
 
     def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         """Return values [c] as [c, 1, 1] on the device of `like`."""
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+        return constants(values, like.dtype, like.device).view(-1, 1, 1)
 
 
 def posterior_noise(seed: int, step: Step, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
