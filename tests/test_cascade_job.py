@@ -105,10 +105,12 @@ def test_a_cascade_draws_from_its_folder_as_in_python(job: Job, tmp_path: Path) 
     drawn = cascade.sample(2, prompts=TEXTS, seed=3)
     assert drawn.shape == (2, 8, 8, 1)
     assert cascade.candidates == 3
+    assert cascade.drawn_shape == (8, 8, 1)
     assert (drawn[0] != drawn[1]).any()
     words = (f"sampling.prompts=[{','.join(TEXTS)}]", "sampling.seed=3", "num_images=2")
-    code, said, err = job("sample", out, "--out", str(tmp_path / "a.png"), *words)
+    code, drew, err = job("sample", out, "--out", str(tmp_path / "a.png"), *words)
     assert code == 0, err
+    assert json.loads(drew)["prior_sha256"] == parts["prior"]["sha256"]
     wanted = grid_of_samples(drawn, TEXTS)
     with Image.open(tmp_path / "a.png") as picture:
         assert np.array_equal(np.asarray(picture), np.asarray(wanted))
@@ -165,6 +167,8 @@ def test_a_cascade_whose_parts_changed_is_refused(job: Job, runs: Path, tmp_path
     checksummed_json.write(where, parts | {"decoder": {**parts["decoder"], "sha256": "0" * 64}})
     with pytest.raises(CheckpointError, match=r"and the cascade .* has 000000000000; put"):
         ddpm_ray.load_cascade(out)
+    with pytest.raises(ConfigError, match=r"holds a cascade, not one model: load it"):
+        ddpm_ray.load(out)
     with pytest.raises(ConfigError, match=r"holds no cascade\.json: make a cascade with"):
         ddpm_ray.load_cascade(runs / "prior")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray.assembly.checkpoint_loading import trained_model
+from ddpm_ray.assembly.checkpoint_loading import CASCADE, trained_model
 from ddpm_ray.assembly.image_encoders import NamedImageEncoder
 from ddpm_ray.assembly.newest_checkpoint import usable_device
 from ddpm_ray.assembly.prior_loading import trained_prior
@@ -22,18 +22,17 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.low_resolution import low_resolution_size
 from ddpm_ray.redaction import redacted
 from ddpm_ray.sampling.cascade import Cascade
-from ddpm_ray.sampling.drawing_model import DrawingModel
+from ddpm_ray.sampling.drawing_model import fields_of
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
-FILE = "cascade.json"
 FORMAT = 1
 
 
 def is_cascade(url: str) -> bool:
     """Whether the folder at `url` holds a cascade. Raises StorageError."""
-    return object_store.exists(object_store.join(url, FILE))
+    return object_store.exists(object_store.join(url, CASCADE))
 
 
 def decoder_url(url: str) -> str:
@@ -57,7 +56,7 @@ def write_cascade(
         "upsamplers": [_part(one.provenance) for one in models.upsamplers],
     }
     held = {**parts, "candidates": candidates}
-    checksummed_json.write(object_store.join(folder, FILE), held, FORMAT)
+    checksummed_json.write(object_store.join(folder, CASCADE), held, FORMAT)
     return held
 
 
@@ -68,7 +67,7 @@ def trained_cascade(url: str, device: torch.device | str | None = "cpu") -> Casc
     or has other weights, and ValueError for an unusable device.
     """
     if not is_cascade(url):
-        raise ConfigError(f"{url} holds no {FILE}: make a cascade with `ddpm-ray cascade`")
+        raise ConfigError(f"{url} holds no {CASCADE}: make a cascade with `ddpm-ray cascade`")
     parts = _parts(url)
     models = {
         "prior": parts["prior"]["url"],
@@ -87,7 +86,7 @@ def trained_cascade(url: str, device: torch.device | str | None = "cpu") -> Casc
 
 def _parts(url: str) -> dict[str, Any]:
     """The parts of the cascade at `url`. Raises StorageError."""
-    held: dict[str, Any] = checksummed_json.read(object_store.join(url, FILE), FORMAT)
+    held: dict[str, Any] = checksummed_json.read(object_store.join(url, CASCADE), FORMAT)
     return held
 
 
@@ -114,8 +113,14 @@ def _loaded(models: Mapping[str, Any], device: torch.device | str | None) -> Cas
             f"takes those of {encoder.sha256[:12]}"
         )
     _require_sizes((decoder, *upsamplers), models)
-    plain = {name: getattr(decoder, name) for name in DrawingModel.__dataclass_fields__}
-    return Cascade(**plain, prior=prior, upsamplers=upsamplers)
+    if isinstance(prior.texts, NamedImageEncoder):
+        _ = prior.texts.encoders  # they embed the prompts, by which candidates are compared
+    own = fields_of(decoder)
+    own["provenance"] = decoder.provenance | {
+        "prior_sha256": prior.provenance["weights_sha256"],
+        "upsamplers_sha256": [one.provenance["weights_sha256"] for one in upsamplers],
+    }
+    return Cascade(**own, prior=prior, upsamplers=upsamplers)
 
 
 def _require_sizes(stages: Sequence[TrainedModel], models: Mapping[str, Any]) -> None:

@@ -40,9 +40,13 @@ from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.guidance_models import require_same_x_0
 from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import checkpoint_folder
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.state import Snapshot
+
+CASCADE = "cascade.json"  # in the folder of a cascade (cascades.py)
 
 
 def trained_model(
@@ -76,7 +80,7 @@ def trained_model(
         return model
     if autoencoder_kl.is_autoencoder(url):
         require_denoiser(other_libraries.of_autoencoder_kl(Path(url)), url)
-    where, snapshot = newest_checkpoint(url, ema)
+    where, snapshot = _newest_of_model(url, ema)
     facts = snapshot.facts
     config = run_config.saved_config(facts, url)
     require_denoiser(config, url)
@@ -100,6 +104,19 @@ def trained_model(
         find_label_names=cache(partial(label_names, config, facts)),
         drops_labels=config.sampled_model.drops_labels,
     )
+
+
+def _newest_of_model(url: str, ema: str) -> tuple[str, Snapshot]:
+    """`newest_checkpoint`; ConfigError, which names the remedy, for the folder of a cascade."""
+    try:
+        return newest_checkpoint(url, ema)
+    except CheckpointError as error:
+        if object_store.exists(object_store.join(url, CASCADE)):
+            raise ConfigError(
+                f"{url} holds a cascade, not one model: load it with ddpm_ray.load_cascade, draw "
+                f"from it with `ddpm-ray sample`, or name its decoder"
+            ) from error
+        raise
 
 
 def weights_provenance(where: str, snapshot: Snapshot, ema: str = "ema") -> dict[str, Any]:

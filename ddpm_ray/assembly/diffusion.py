@@ -177,7 +177,7 @@ def noising_recipe(
         flip=config.data.flip,
         memory_format=memory_format(config.training),
         label_dropout=0.0 if config.traits.predicts_labels else wanted.label_dropout,
-        embedding_dropout=config.embedding_dropout,
+        embedding_dropout=config.embedding.dropout if config.embedding.encoder else 0.0,
         offset_noise=wanted.offset_noise,
         input_perturbation=wanted.input_perturbation,
         low_resolution_noise=wanted.low_resolution_noise,

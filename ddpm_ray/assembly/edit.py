@@ -52,7 +52,7 @@ def edited(
     """
     model = with_sampling(model, config.sampling)
     if isinstance(model, Cascade) and config.kind == "variations":
-        return model.variations(image[None], per_image=config.num_images), {}
+        return _variations(config, model, image), {}
     if not isinstance(model, TrainedModel):
         raise ConfigError(
             f"kind is {config.kind!r}, and a cascade draws only variations of an image: name its "
@@ -69,7 +69,7 @@ def edited(
         case "enlarge":
             return model.enlarge(images), {}
         case "variations":
-            return model.variations(image[None], per_image=config.num_images), {}
+            return _variations(config, model, image), {}
         case "text_diff":
             texts, iterations = (config.from_text, config.to_text), config.iterations
             return model.text_diff(images, *texts, iterations=iterations), {}
@@ -86,6 +86,14 @@ def edited(
         images, mask, method=method, resamples=resamples, jump_length=jump_length, **settings
     )  # given, the settings also hold for RePaint
     return painted, editing.fit(painted, images, mask)
+
+
+def _variations(
+    config: EditConfig, model: TrainedModel | Cascade, image: npt.NDArray[np.uint8]
+) -> Images:
+    require_memory("num_images", config.num_images, model.drawn_shape)
+    prompts = config.sampling.prompts or None
+    return model.variations(image[None], per_image=config.num_images, prompts=prompts)
 
 
 def _edited_shape(config: EditConfig, model: TrainedModel, given: ImageShape) -> ImageShape:

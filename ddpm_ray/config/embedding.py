@@ -29,8 +29,14 @@ class EmbeddingConfig:
         defines_run=True,
     )
 
-    def problems(self) -> Iterator[str]:
-        """Yield a line for options that nothing uses."""
+    def problems(self, num_classes: int) -> Iterator[str]:
+        """Yield a line for options that nothing uses, and for labels beside an embedding."""
+        if self.encoder and num_classes:
+            # Variations of an image and its embedding would need its label, too.
+            yield (
+                f"model.num_classes is {num_classes}, and embedding.encoder is "
+                f"{shown(self.encoder)}; a network is given labels or embeddings: leave one out"
+            )
         for item in fields(self):
             value = getattr(self, item.name)
             if not self.encoder and value != item.default:

@@ -99,7 +99,9 @@ class RunConfig:
         """The facts of the trained model that sampling settings depend on."""
         objective = self.objective
         learns = objective.variance != "fixed"
-        drops = max(objective.label_dropout, self.embedding_dropout) > 0
+        shares = [objective.label_dropout] if self.takes_text or self.model.num_classes else []
+        shares += [self.embedding.dropout] if self.embedding.encoder else []
+        drops = min(shares, default=objective.label_dropout) > 0  # each input, for guidance
         return SampledModel(
             self.schedule.num_steps,
             self.model.num_classes,
@@ -113,11 +115,6 @@ class RunConfig:
     def takes_text(self) -> bool:
         """Whether the network is given texts."""
         return self.text.encoder != "none"
-
-    @property
-    def embedding_dropout(self) -> float:
-        """Fraction of images trained without their embedding; 0 for a network without it."""
-        return self.embedding.dropout if self.embedding.encoder else 0.0
 
     @property
     def spare_processes(self) -> int:
@@ -145,7 +142,7 @@ class RunConfig:
         yield from self.objective.problems(self.schedule)
         yield from self.model.problems()
         yield from self.text.problems()
-        yield from self.embedding.problems()
+        yield from self.embedding.problems(self.model.num_classes)
         yield from self.autoencoder.problems()
         yield from self.contrastive.problems()
         yield from self.prior.problems()

@@ -164,8 +164,7 @@ class SamplingSettings:
         elif self.guidance_scale != 1 and not model.drops_labels:
             yield (
                 f"{at}guidance_scale is {self.guidance_scale:g}, but no image was trained "
-                f"without its {'label' if classes else 'text'} (objective.label_dropout=0): use "
-                f"{at}guidance_scale=1"
+                f"without {model.guided_inputs}: use {at}guidance_scale=1"
             )
         if classes := classes or model.guidance_classes:
             numbers = [k for k in self.labels if isinstance(k, int)]
@@ -243,3 +242,11 @@ class SampledModel:
     has_range: bool = True  # diffuses pixels, in [-1, 1], not latents
     takes_text: bool = False
     takes_embedding: bool = False  # of an image
+
+    @property
+    def guided_inputs(self) -> str:
+        """The inputs that guidance amplifies, with the options of their dropout."""
+        if not self.takes_embedding:
+            return f"its {'label' if self.num_classes else 'text'} (objective.label_dropout=0)"
+        text = "its text (objective.label_dropout) and " if self.takes_text else ""
+        return f"{text}its embedding (embedding.dropout); neither may be 0"

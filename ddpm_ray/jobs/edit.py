@@ -20,7 +20,7 @@ from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder, input_file, made_ready, output_file
 from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.reading.errors import ConfigError
-from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
+from ddpm_ray.jobs.model_argument import MODEL_URI, shown_provenance, with_settings_of_model
 from ddpm_ray.jobs.prompts import prompts_facts, with_prompts_of_file
 
 
@@ -58,7 +58,7 @@ def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     images, measured = edited_files(config, model, arguments.image, arguments.mask)
     write_picture(arguments.out, grid(images) if len(images) > 1 else from_pixels(images[0], 0))
-    provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
+    provenance = shown_provenance(model.provenance)
     drawn = prompts_facts(arguments)
     seconds = round(time.perf_counter() - started, 3)
     return {"picture": arguments.out, **measured, **drawn, "seconds": seconds, **provenance}

@@ -1,7 +1,8 @@
 """The argument MODEL_URI of the jobs that load a trained model."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddpm_ray.cli.job import Argument
 from ddpm_ray.cli.paths import home_folder
@@ -16,6 +17,15 @@ MODEL_URI = Argument(
     "folder or fsspec URL of a run or of one checkpoint, runs:/<run id>/model, "
     "models:/<name>@<alias>, or a local folder that diffusers saved",
 )
+
+
+# What a job's result says of the model; the last two of a cascade only.
+SHOWN = ("checkpoint", "step", "weights_sha256", "prior_sha256", "upsamplers_sha256")
+
+
+def shown_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a job's result says of the model that drew."""
+    return {key: provenance[key] for key in SHOWN if key in provenance}
 
 
 def with_settings_of_model(config: T, arguments: Namespace, name: str = "model_uri") -> T:

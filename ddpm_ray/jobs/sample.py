@@ -15,7 +15,7 @@ from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import PICTURES, home_folder, made_ready, output_file
 from ddpm_ray.config.jobs.sample import SampleConfig
 from ddpm_ray.config.reading.errors import ConfigError
-from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
+from ddpm_ray.jobs.model_argument import MODEL_URI, shown_provenance, with_settings_of_model
 from ddpm_ray.jobs.prompts import prompts_facts, with_prompts_of_file
 
 
@@ -43,7 +43,7 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     if config.strip and isinstance(model, Cascade):
         raise ConfigError(f"strip is {config.strip}, but {uri} holds a cascade: leave it out")
     model = load_model.configured(model, settings, config.guidance, home=home)
-    image_grid.require_memory("num_images", config.num_images, model.image_shape)
+    image_grid.require_memory("num_images", config.num_images, model.drawn_shape)
     calls = -(-config.num_images // settings.batch_size) * (len(model.timesteps) - 1)
     line, film, seen = (
         ProgressLine(f"step of {settings.sampler}"),
@@ -62,7 +62,7 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
         film.save(config.gif, images)
     if config.strip:
         image_io.write_picture(config.strip, image_grid.strip_of(model, config.num_images))
-    provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
+    provenance = shown_provenance(model.provenance)
     drawn = prompts_facts(arguments)
     return {"picture": arguments.out, "num_images": config.num_images, **drawn, **provenance}
 

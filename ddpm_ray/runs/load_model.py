@@ -3,7 +3,7 @@
 import atexit
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -12,6 +12,7 @@ import torch
 
 from ddpm_ray.assembly import cascades, checkpoint_loading
 from ddpm_ray.assembly.checkpoint_loading import Model
+from ddpm_ray.assembly.image_encoders import NamedImageEncoder
 from ddpm_ray.assembly.newest_checkpoint import usable_device
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.jobs.edit import EditConfig
@@ -24,6 +25,7 @@ from ddpm_ray.sampling.sampling import sampling_plan
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.model_uri import IN_MLFLOW, require_whole_name, resolve_model_uri
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 # Downloads of `as_trained`, reused by the next `load` of the same model. Key: tracking URI and
 # model URI; value: temporary folder, and path of the checkpoint in it.
@@ -47,9 +49,14 @@ def load(
     """
     device = usable_device(device)  # fail before a download
     with _local(uri, home or Path.cwd(), tracking_uri) as folder:
-        return checkpoint_loading.trained_model(
+        model = checkpoint_loading.trained_model(
             folder, device, autoencoder=autoencoder, text_model=text_model
         )
+        encoder = model.denoiser.takes.image_encoder
+        if folder != uri and isinstance(encoder, NamedImageEncoder):
+            with suppress(CheckpointError):  # logged without it: then it makes no variations
+                _ = encoder.encoders  # while the downloaded copy is there
+    return model
 
 
 def load_to_draw(

@@ -1,6 +1,5 @@
 """A cascade: a prior, a decoder and upsamplers, which draw images of prompts together."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +11,11 @@ from torch.nn import functional as F
 from ddpm_ray.config.option_fields import checks_arguments, shown
 from ddpm_ray.config.sampling import PROMPTS_REMEDY, SampledModel, SamplingSettings
 from ddpm_ray.counter_rng import Purpose, derived_seed
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import inversion
 from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling.array_arguments import require_text
-from ddpm_ray.sampling.drawing_model import Count, DrawingModel, NumImages, embedded
+from ddpm_ray.sampling.drawing_model import Count, DrawingModel, NumImages, embedded, fields_of
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.prior import CANDIDATES, TrainedPrior
 from ddpm_ray.sampling.sampling import Images
@@ -59,15 +59,16 @@ class Cascade(DrawingModel):
             raise ValueError(f"candidates is {shown(each)}; give a whole number of at least 1")
         if not chosen.prompts:
             raise ValueError(f"prompts is empty; a cascade draws images of texts: {PROMPTS_REMEDY}")
+        self._plan(chosen)  # raises for settings that are not supported, before the prior draws
         seed = stage_seed(chosen.seed, PRIOR_STAGE)
         embeddings = self.prior.embeddings(chosen.prompts, num_images, seed, each)
         return self._decoded(embeddings, chosen, on_step)
 
     @checks_arguments
     def variations(self, images: Images, *, per_image: Count = 1, **settings: Any) -> Images:
-        """Draw `per_image` images like each of `images`, without a text unless `prompts` has one.
+        """Draw `per_image` images like each of `images`: uint8 [N * per_image, H, W, C].
 
-        Returns uint8 [N * per_image, H, W, C]. (Ramesh et al. 2022, section 3.1.)
+        There is no text unless the call has `prompts`. (Ramesh et al. 2022, section 3.1.)
         """
         chosen = self._chosen(settings)
         if settings.get("prompts") is None:
@@ -101,9 +102,10 @@ class Cascade(DrawingModel):
         between = (F.normalize(inversion.interpolate(start, end, share), dim=1) for share in shares)
         return np.concatenate([self._decoded(one, chosen) for one in between])
 
-    def problems(self, prefix: str = "", *, guided_by_model: bool | None = None) -> Iterator[str]:
-        """Yield a line for each of `settings` that the cascade does not support."""
-        yield from self.settings.problems(prefix, self._sampled_model(guided_by_model))
+    @property
+    def drawn_shape(self) -> ImageShape:
+        """The shape of the images of the last stage."""
+        return self.upsamplers[-1].image_shape if self.upsamplers else self.image_shape
 
     def _sampled_model(self, guided_by_model: bool | None = None) -> SampledModel:
         """Facts of the decoder; a cascade takes prompts in any case, for its prior."""
@@ -115,10 +117,15 @@ class Cascade(DrawingModel):
         """Images of the embeddings [N, D], by the decoder and the upsamplers."""
         decoder = replace(self.denoiser, embeddings=embeddings)
         takes_text = decoder.takes.tokenizer is not None
+        if chosen.negative_prompt and not takes_text:
+            raise ValueError(
+                "negative_prompt is given, but the decoder takes no text: leave it out"
+            )
         drawn = chosen if takes_text else replace(chosen, prompts=(), negative_prompt="")
-        plain = {item: getattr(self, item) for item in DrawingModel.__dataclass_fields__}
-        model = DrawingModel(**{**plain, "denoiser": decoder, "settings": drawn})
-        images = model.sample(len(embeddings), on_step=on_step)
+        model = DrawingModel(**fields_of(self))
+        images = replace(model, denoiser=decoder, settings=drawn).sample(
+            len(embeddings), on_step=on_step
+        )
         for stage, upsampler in enumerate(self.upsamplers, start=1):
             text: dict[str, Any] = {}
             if upsampler.denoiser.takes.tokenizer is not None and chosen.prompts:

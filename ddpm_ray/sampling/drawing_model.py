@@ -67,6 +67,11 @@ class DrawingModel:
         return self.image_shape[:2]
 
     @property
+    def drawn_shape(self) -> ImageShape:
+        """The shape of the images that `sample` draws."""
+        return self.image_shape
+
+    @property
     def label_names(self) -> Sequence[str] | None:
         """Names of classes 0, 1, ...; None without classes or if their names are unknown."""
         return self.find_label_names()
@@ -158,6 +163,11 @@ class DrawingModel:
         if takes_text and given.get("prompts") is not None and not chosen.prompts:
             raise ValueError(f"prompts is empty; {PROMPTS_REMEDY}")
         return chosen
+
+
+def fields_of(model: DrawingModel) -> dict[str, Any]:
+    """The fields that every drawing model has, by name."""
+    return {name: getattr(model, name) for name in DrawingModel.__dataclass_fields__}
 
 
 def embedded(model: DrawingModel, images: Images, per_image: int) -> Tensor:

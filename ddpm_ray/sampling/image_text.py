@@ -55,8 +55,11 @@ class TrainedEncoders:
 
     @torch.no_grad()
     def embed(self, x_0: Tensor) -> Tensor:
-        """Embeddings float32 [B, E] of length 1 of images x_0 [B, C, H, W] in [-1, 1]."""
-        return self.model.embed_images(x_0)
+        """Embeddings float32 [B, E] of length 1 of images x_0 [B, C, H, W] in [-1, 1].
+
+        More than BATCH images are embedded in parts, as the encoder's activations take memory.
+        """
+        return torch.cat([self.model.embed_images(part) for part in torch.split(x_0, BATCH)])
 
     @torch.no_grad()
     def image_embeddings(self, images: Any, *, batch_size: int = BATCH) -> Tensor:

@@ -131,11 +131,14 @@ class TrainedModel(DrawingModel):
         """Draw `per_image` images like each of `images`: uint8 [N * per_image, H, W, C].
 
         For models that are given the embedding of an image (embedding.encoder): what the embedding
-        keeps of an image stays, and the rest is drawn. (Ramesh et al. 2022, "DALL-E 2",
+        keeps of an image stays, and the rest is drawn. There is no text unless the call has
+        `prompts`. (Ramesh et al. 2022, "DALL-E 2",
         arXiv:2204.06125, section 3.1.)
         """
         embeddings = embedded(self, images, per_image)
         denoiser = replace(self.denoiser, embeddings=embeddings)
+        if settings.get("prompts") is None and denoiser.takes.tokenizer is not None:
+            settings["prompts"] = [""]
         return replace(self, denoiser=denoiser).sample(len(embeddings), **settings)
 
     @checks_arguments

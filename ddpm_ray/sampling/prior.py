@@ -65,10 +65,11 @@ class TrainedPrior:
         The best has the largest dot product with the embedding of its prompt. (Section 2.2.)
         """
         each = [prompts[i % len(prompts)] for i in range(count)] if prompts else []
+        texts = self.texts.text_embeddings(each) if candidates > 1 and each else None
         repeated = [prompt for prompt in each for _ in range(candidates)]
         drawn = self.draw(repeated, count * candidates, seed)
         drawn = F.normalize(drawn, dim=1).reshape(count, candidates, -1)
-        if candidates == 1:
+        if texts is None:
             return drawn[:, 0]
-        near = torch.einsum("ncd,nd->nc", drawn, self.texts.text_embeddings(each).to(drawn))
+        near = torch.einsum("ncd,nd->nc", drawn, texts.to(drawn))
         return drawn[torch.arange(count), near.argmax(1)]

@@ -22,12 +22,15 @@ from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.schedules import linear
+from ddpm_ray.models.contrastive import ContrastiveEncoders, ContrastiveSpec
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.text_encoder import TextEncoderSpec
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
+from ddpm_ray.sampling import image_text
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser, Guidance
+from ddpm_ray.sampling.image_text import TrainedEncoders
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.noising import NoisingRecipe
@@ -211,6 +214,14 @@ def test_a_network_continues_with_embeddings_where_it_was_without() -> None:
             "embedding.encoder is nowhere: nowhere: there is no such folder",
         ),
         (("embedding.width=8",), "embedding.width is 8, which nothing uses without"),
+        (
+            ("embedding.encoder=x", "model.num_classes=3"),
+            "a network is given labels or embeddings: leave one out",
+        ),
+        (
+            ("embedding.encoder=x", "embedding.dropout=0", "sampling.guidance_scale=2"),
+            r"without its embedding \(embedding.dropout\); neither may be 0",
+        ),
         (("embedding.dropout=0.5",), "embedding.dropout is 0.5, which nothing uses without"),
         (("embedding.encoder=x", "embedding.dropout=1.5"), "embedding.dropout is 1.5"),
         (
@@ -226,6 +237,27 @@ def test_encoders_that_cannot_be_used_are_refused(
     options = ["name=x", f"data.url={tmp_path}", *keys]
     with pytest.raises(ConfigError, match=message):
         settled_embedding(load_config(RunConfig, None, options), open_dataset(str(tmp_path)))
+
+
+def test_many_images_are_embedded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores of a run embed thousands at once; an encoder's activations take GB then."""
+    torch.manual_seed(0)
+    model = ContrastiveEncoders(ContrastiveSpec(1, 4, (1, 2), 1, 2, 6, TEXT)).eval()
+    tokenizer = Tokenizer.trained(["a"], 280, 4)
+    encoders = TrainedEncoders(model, tokenizer, ImageShape(4, 4, 1), "here", "0")
+    whole, largest = encoders.embed(torch.arange(160.0).reshape(10, 1, 4, 4) / 160), []
+    monkeypatch.setattr(image_text, "BATCH", 3)
+    own = model.embed_images
+
+    def counted(x: Tensor) -> Tensor:
+        largest.append(len(x))
+        return own(x)
+
+    monkeypatch.setattr(model, "embed_images", counted)
+    torch.testing.assert_close(
+        encoders.embed(torch.arange(160.0).reshape(10, 1, 4, 4) / 160), whole
+    )
+    assert max(largest) == 3
 
 
 def test_a_model_whose_encoder_has_gone_says_so_when_it_is_needed() -> None:

@@ -231,6 +231,8 @@ def test_what_a_cascade_cannot_draw_is_refused() -> None:
         of.sample(2, prompts=["left"], candidates=0)
     with pytest.raises(ValueError, match=r"prompt 1 holds the control character U\+000A"):
         of.sample(2, prompts=["a\nb"])
+    with pytest.raises(ValueError, match="but the decoder takes no text: leave it out"):
+        of.sample(1, prompts=["left"], negative_prompt="right", guidance_scale=2.0)
     with pytest.raises(ValueError, match="second cannot be used"):
         of.interpolate("left", "a\nb")
     with pytest.raises(ValueError, match="the texts of interpolate are first and second"):
