@@ -110,6 +110,13 @@ def test_a_cascade_draws_from_its_folder_as_in_python(job: Job, tmp_path: Path) 
     words = (f"sampling.prompts=[{','.join(TEXTS)}]", "sampling.seed=3", "num_images=2")
     code, drew, err = job("sample", out, "--out", str(tmp_path / "a.png"), *words)
     assert code == 0, err
+    code, _, err = job("sample", out, "--out", str(tmp_path / "b.png"), "num_images=1")
+    assert code == 2
+    assert "which draws images of texts: give one or more" in err
+    Path(out, "run.json").touch()
+    code, _, err = job("cascade", "--out", out, *models)
+    assert code == 2
+    assert "which holds a run: name another folder" in err
     assert json.loads(drew)["prior_sha256"] == parts["prior"]["sha256"]
     wanted = grid_of_samples(drawn, TEXTS)
     with Image.open(tmp_path / "a.png") as picture:
@@ -166,6 +173,9 @@ def test_a_cascade_whose_parts_changed_is_refused(job: Job, runs: Path, tmp_path
     parts = checksummed_json.read(where)
     checksummed_json.write(where, parts | {"decoder": {**parts["decoder"], "sha256": "0" * 64}})
     with pytest.raises(CheckpointError, match=r"and the cascade .* has 000000000000; put"):
+        ddpm_ray.load_cascade(out)
+    checksummed_json.write(where, parts | {"decoder": {**parts["decoder"], "url": f"{out}/gone"}})
+    with pytest.raises(CheckpointError, match=r"a part of this cascade does not load: .*gone: "):
         ddpm_ray.load_cascade(out)
     with pytest.raises(ConfigError, match=r"holds a cascade, not one model: load it"):
         ddpm_ray.load(out)

@@ -28,6 +28,7 @@ from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 FORMAT = 1
+IDENTITY = "run.json"  # of a run (runs/run_identity.py)
 
 
 def is_cascade(url: str) -> bool:
@@ -49,6 +50,8 @@ def write_cascade(
     `candidates` are the embeddings that the prior draws for each image. Raises ConfigError for
     models that do not fit together, and what loading them raises.
     """
+    if object_store.exists(object_store.join(folder, IDENTITY)):
+        raise ConfigError(f"--out is {folder}, which holds a run: name another folder")
     models = _loaded({"prior": prior, "decoder": decoder, "upsamplers": list(upsamplers)}, "cpu")
     parts = {
         "prior": _part(models.prior.provenance),
@@ -74,7 +77,13 @@ def trained_cascade(url: str, device: torch.device | str | None = "cpu") -> Casc
         "decoder": parts["decoder"]["url"],
         "upsamplers": [one["url"] for one in parts["upsamplers"]],
     }
-    found = _loaded(models, device)
+    try:
+        found = _loaded(models, device)
+    except CheckpointError as error:
+        remedy = "put it back, or make the cascade again with `ddpm-ray cascade`"
+        raise CheckpointError(
+            url, f"a part of this cascade does not load: {error}", remedy
+        ) from error
     held = [parts["prior"], parts["decoder"], *parts["upsamplers"]]
     origins = [one.provenance for one in (found, *found.upsamplers)]
     for part, origin in zip(held, (found.prior.provenance, *origins), strict=True):

@@ -40,6 +40,11 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     settings, home = config.sampling, home_folder()
     uri, moved = arguments.model_uri, (config.autoencoder, config.text_model)
     model = load_model.load_to_draw(uri, None, home, *moved)
+    if isinstance(model, Cascade) and not settings.prompts:
+        raise ConfigError(
+            f"sampling.prompts is empty, and {uri} holds a cascade, which draws images of texts: "
+            f"give one or more, as in sampling.prompts=[a red apple]"
+        )
     if config.strip and isinstance(model, Cascade):
         raise ConfigError(f"strip is {config.strip}, but {uri} holds a cascade: leave it out")
     model = load_model.configured(model, settings, config.guidance, home=home)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm_ray.config.jobs.cascade import MOST_CANDIDATES
 from ddpm_ray.config.option_fields import checks_arguments, shown
-from ddpm_ray.config.sampling import PROMPTS_REMEDY, SampledModel, SamplingSettings
+from ddpm_ray.config.sampling import SampledModel, SamplingSettings
 from ddpm_ray.counter_rng import Purpose, derived_seed
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import inversion
@@ -55,10 +56,11 @@ class Cascade(DrawingModel):
         """
         chosen = self._chosen(settings)
         each = self.candidates if candidates is None else candidates
-        if type(each) is not int or each < 1:
-            raise ValueError(f"candidates is {shown(each)}; give a whole number of at least 1")
+        if type(each) is not int or not 1 <= each <= MOST_CANDIDATES:
+            rule = f"give a whole number of 1 to {MOST_CANDIDATES}"
+            raise ValueError(f"candidates is {shown(each)}; {rule}")
         if not chosen.prompts:
-            raise ValueError(f"prompts is empty; a cascade draws images of texts: {PROMPTS_REMEDY}")
+            raise ValueError("prompts is empty; a cascade draws images of texts: give one or more")
         self._plan(chosen)  # raises for settings that are not supported, before the prior draws
         seed = stage_seed(chosen.seed, PRIOR_STAGE)
         embeddings = self.prior.embeddings(chosen.prompts, num_images, seed, each)
