@@ -120,6 +120,8 @@ def as_bin(folder: Path) -> None:
         (with_config(architectures=[["CLIPTextModel"]]), r"holds \['CLIPTextModel'\]; text enc"),
         (with_config(quantization_config={}), "is quantized; save it in float32 or bfloat16"),
         (with_config(hidden_size="x"), r"config.json: cannot be read: "),
+        (with_config(eos_token_id=[2]), r"config.json: cannot be read: eos_token_id is \[2\], and"),
+        (with_config(eos_token_id=None), r"config.json: cannot be read: eos_token_id is None, and"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter of another mo"),
     ],
 )
@@ -148,7 +150,7 @@ def test_weights_that_cannot_be_used_are_refused(
         name = next(name for name in tensors if name.endswith("final_layer_norm.weight"))
         del tensors[name]
         save_file(tensors, weights, {"format": "pt"})
-        says = "its weights lack 1 tensors, the first is .*final_layer_norm.weight"
+        says = "its weights lack 1 tensor, the first is .*final_layer_norm.weight"
     with pytest.raises(UnsupportedModelError, match=says):
         text_folder(str(folder)).load(1)
 

@@ -2,7 +2,7 @@
 
 Encoded shard n holds the samples of pixel shard n, encoded in batches that begin at its first
 sample, so its bytes do not depend on which task encodes it. As in packer.py, each finished shard
-has a part file, and the manifest is written last. What differs between codecs is in an
+has a part file, and the manifest is written last. What differs between codecs is in a
 SetEncoder: latent_encoder.py, embedding_encoder.py.
 """
 

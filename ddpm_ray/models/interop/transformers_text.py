@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_files import read_json
 from ddpm_ray.models.text_encoder import EncodedText
+from ddpm_ray.redaction import counted
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # of one file, of several
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -103,7 +104,8 @@ class TextFolder:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UnsupportedModelError(str(self.path), f"cannot be read: {reason}") from error
         if missing := sorted(found["missing_keys"]):
-            problem = f"its weights lack {len(missing)} tensors, the first is {missing[0]}"
+            lacking = counted(len(missing), "tensor")
+            problem = f"its weights lack {lacking}, the first is {missing[0]}"
             raise UnsupportedModelError(str(self.path), problem)
         return ClipText(model) if self.is_clip else T5Text(model, end_token)
 
@@ -150,25 +152,33 @@ def _described(folder: Path, config: dict[str, Any], files: tuple[str, ...]) -> 
     library = _library(str(folder))
     try:
         full = getattr(library, kind).config_class.from_dict(config)
+        return TextFolder(folder, kind, *_sizes(kind, full), files)
     except Exception as error:  # of many types, by what is wrong with the values
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UnsupportedModelError(str(folder / CONFIG), f"cannot be read: {reason}") from error
+
+
+def _sizes(kind: str, full: Any) -> tuple[int, int, int, int, int | None]:
+    """Width, width of the vector, vocabulary, positions and end token. Raises ValueError."""
     if kind == "T5EncoderModel":
-        width = int(full.d_model)
-        return TextFolder(folder, kind, width, width, int(full.vocab_size), 0, None, files)
-    text, width = (full.text_config, full.projection_dim) if kind == "CLIPModel" else (full, 0)
-    if kind == "CLIPTextModelWithProjection":
-        width = text.projection_dim
-    return TextFolder(
-        folder,
-        kind,
-        int(text.hidden_size),
-        int(width or text.hidden_size),
-        int(text.vocab_size),
-        int(text.max_position_embeddings),
-        int(text.eos_token_id),
-        files,
+        width = _whole(full, "d_model")
+        return width, width, _whole(full, "vocab_size"), 0, None
+    text = full.text_config if kind == "CLIPModel" else full
+    width = _whole(text, "hidden_size")
+    return (
+        width,
+        width if kind == "CLIPTextModel" else _whole(full, "projection_dim"),
+        _whole(text, "vocab_size"),
+        _whole(text, "max_position_embeddings"),
+        _whole(text, "eos_token_id"),
     )
+
+
+def _whole(config: Any, key: str) -> int:
+    value = getattr(config, key)
+    if not isinstance(value, int):  # lists of several end tokens, and null, pass transformers
+        raise ValueError(f"{key} is {value!r}, and must be a whole number")
+    return value
 
 
 class ClipText(nn.Module):
