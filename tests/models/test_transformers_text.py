@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
 pytest.importorskip("transformers", reason="needs the extra [text]")
@@ -48,6 +49,28 @@ def test_outputs_are_those_of_transformers(
     torch.testing.assert_close(pooled, whole, rtol=1e-5, atol=1e-5)
     assert (found.width, found.pooled_width) == (states.shape[2], pooled.shape[1])
     assert states.std() > 0.1
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what waits for the device: a tensor as a number or a truth value of Python."""
+
+    def __torch_dispatch__(
+        self, of: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if of is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("Python asks for a number of a tensor")
+        return of(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_forward_pass_does_not_wait_for_the_device(kind: str, folders: dict[str, Path]) -> None:
+    tokenizer = read_tokenizer(folders[kind])
+    network = text_folder(str(folders[kind])).load(tokenizer.end_token).eval()
+    rows = tokenizer.encode(TEXTS)
+    with torch.no_grad(), NoWaiting():
+        assert network(rows).states.shape[:2] == rows.shape
+        with pytest.raises(AssertionError, match="Python asks for a number"):
+            bool(rows.all())
 
 
 def outputs(model: Any, kind: str, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -213,7 +213,11 @@ class T5Text(nn.Module):
         """Encode tokens [B, L]; those after the first end token are padding."""
         ends = tokens == self.end_token
         mask = ends.cumsum(dim=1) - ends.long() == 0  # bool [B, L], true up to the first end
-        states = self.model(tokens, attention_mask=mask.long()).last_hidden_state
+        # Of [B, L] transformers asks in Python whether all are true, and each step waits for that.
+        dtype = self.model.dtype
+        bias = torch.zeros(mask.shape, dtype=dtype, device=tokens.device)
+        bias = bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]  # [B, 1, 1, L]
+        states = self.model(tokens, attention_mask=bias).last_hidden_state
         kept = mask[:, :, None]
         pooled = torch.where(kept, states.float(), 0).sum(dim=1) / kept.sum(dim=1)
         return EncodedText(states, pooled)
