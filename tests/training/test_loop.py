@@ -1218,7 +1218,7 @@ def test_the_error_stays_short_and_survives_a_pickle() -> None:
 
 @pytest.mark.usefixtures("_reports_at_each_step")
 @pytest.mark.parametrize(
-    "kind", ["adversary", "latents", "text", "frozen text", "contrastive", "infonce"]
+    "kind", ["adversary", "latents", "text", "frozen text", "decoder", "contrastive", "infonce"]
 )
 def test_with_elastic_reduction_workers_come_and_go_and_leave_the_same_bits(
     kind: str,
