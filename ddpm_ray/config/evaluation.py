@@ -47,6 +47,7 @@ OF_DENOISERS = (  # also those of OF_EVALUATE: options of scores that other mode
     "precision_recall",
     "extrapolate",
     "reference_url",
+    "alignment_encoder",
 )
 
 

@@ -207,12 +207,14 @@ class RunConfig:
                 f"evaluation.features is 'none'; the scores of {traits.name} need a feature "
                 f"network: choose inception or digits"
             )
-        if self.evaluation.alignment_encoder and not (traits.draws_images and self.takes_text):
-            yield (
-                f"evaluation.alignment_encoder is {shown(self.evaluation.alignment_encoder)}; it "
-                f"compares images with their texts, and this model draws no images of texts: leave "
-                f"it out"
+        if encoder := self.evaluation.alignment_encoder:
+            given = (
+                f"evaluation.alignment_encoder is {shown(encoder)}; it compares images with texts"
             )
+            if not (traits.draws_images and self.takes_text):
+                yield f"{given}, and this model draws no images of texts: leave it out"
+            elif self.embedding.encoder and not self.sampling.prompts:
+                yield f"{given}, and samples of embeddings have none: set sampling.prompts"
         pictures = traits.draws_images or traits.reconstructs
         for key, value, fits in (
             ("evaluation.num_images", self.evaluation.num_images, pictures or traits.embeds),

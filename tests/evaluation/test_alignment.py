@@ -2,16 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly import scoring
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.evaluation.alignment import Alignment
@@ -19,6 +16,7 @@ from tests.fixtures.threaded_workers import OnWorkers
 
 ANGLES = (0.0, 0.5, 1.1, 2.0)
 PROMPTS = ["0.3", "1.0"]
+DECODER = ("text.encoder=transformer", "embedding.encoder=runs/e")
 
 
 class Angles:
@@ -69,6 +67,10 @@ def test_it_is_the_mean_cosine_with_its_interval_for_any_number_of_workers(
             ("task=prior", "text.encoder=transformer", "evaluation.alignment_encoder=runs/e"),
             "this model draws no images of texts",
         ),
+        (
+            (*DECODER, "evaluation.alignment_encoder=runs/e"),
+            "texts, and samples of embeddings have none: set sampling.prompts",
+        ),
     ],
 )
 def test_models_without_texts_have_none(keys: tuple[str, ...], message: str) -> None:
@@ -76,15 +78,7 @@ def test_models_without_texts_have_none(keys: tuple[str, ...], message: str) -> 
         load_config(RunConfig, None, ["name=x", "data.url=none", *keys])
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
-    wanted = EvaluationConfig(alignment_encoder="nowhere")
-    cpu: Any = torch.device("cpu")
-    assert scoring.alignment(EvaluationConfig(), ["a"], cpu) is None
-    with pytest.raises(
-        ConfigError, match="alignment_encoder is 'nowhere': nowhere: there is no su"
-    ):
-        scoring.alignment(wanted, ["a"], cpu)
-    with pytest.raises(
-        ConfigError, match="alignment_encoder is 'nowhere', but the samples have no"
-    ):
-        scoring.alignment(wanted, [], cpu)
+def test_a_decoder_with_prompts_has_it() -> None:
+    keys = ("evaluation.alignment_encoder=runs/e", "sampling.prompts=[a cat]")
+    found = load_config(RunConfig, None, ["name=x", "data.url=none", *DECODER, *keys])
+    assert found.evaluation.alignment_encoder == "runs/e"

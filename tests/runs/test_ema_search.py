@@ -360,6 +360,11 @@ def test_two_workers_on_ray_find_what_one_finds(
         (AverageConfig, ["widths=[0.1,0.2,0.1]"], r"widths holds 0\.1 twice; .*: leave one out"),
         (AverageConfig, ["evaluation.likelihood_images=5"], "likelihood_images is 5; .* set it to"),
         (AverageConfig, ["evaluation.memorisation_images=5"], "tion_images is 5; .* set it to 0"),
+        (
+            AverageConfig,
+            ["evaluation.alignment_encoder=runs/e"],
+            "'runs/e'; widths .* leave it out",
+        ),
         (RunConfig, ["training.ema_more_decays=[0.9,0.9]"], r"ema_more_decays holds 0\.9 twice"),
         (
             RunConfig,

@@ -7,7 +7,7 @@ from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.data import MOVED_AUTOENCODER
 from ddpm_ray.config.ema_widths import wrong_widths
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.option_fields import option, shown
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.text import MOVED_TEXT_MODEL
 
@@ -42,6 +42,11 @@ class AverageConfig:
                     f"evaluation.{key} is {value}; widths are compared by their Frechet distance "
                     f"alone: set it to 0"
                 )
+        if encoder := self.evaluation.alignment_encoder:
+            yield (
+                f"evaluation.alignment_encoder is {shown(encoder)}; widths are compared by their "
+                f"Frechet distance alone: leave it out"
+            )
         if not self.widths:
             yield "widths is empty; name at least one, as in widths=[0.05,0.1]"
         yield from wrong_widths("widths", self.widths)
