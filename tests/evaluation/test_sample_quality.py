@@ -27,6 +27,7 @@ from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import quadratic_steps, uniform_steps
+from ddpm_ray.evaluation.alignment import Alignment
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics, metric_names
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, digits_net, inception_net
 from ddpm_ray.evaluation.features.inception import Inception
@@ -38,6 +39,7 @@ from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
 from ddpm_ray.storage import object_store
+from tests.evaluation.test_alignment import PROMPTS, Angles
 from tests.noise import pack
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]  # see conftest.py
@@ -433,6 +435,31 @@ def test_the_inception_score_is_of_a_network_that_knows_classes(tmp_path: Path) 
     few = score(replace(net(4), classify=lambda features: torch.eye(9)), truth, num_images=9)
     assert "eval/is" not in few.metrics
     assert few.provenance["inception_score"].startswith("none: 9 images cannot fill 10 splits")
+
+
+def test_samples_are_scored_against_their_prompts(on_workers: OnWorkers, tmp_path: Path) -> None:
+    """The mean cosine of the samples that `draw` gives, on any number of workers."""
+    truth = reference(pack(tmp_path, random_images(30), [30]), net(4), Workers())
+
+    def aligned(workers: Workers) -> Scores:
+        fits = Alignment(Angles(), PROMPTS)  # type: ignore[arg-type]
+        return score(net(4), truth, workers, alignment=fits, batch_size=7)
+
+    index = torch.arange(40)
+    drawn = PIXELS.decode(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, index, SHAPE, "cpu"))
+    angles = drawn[:, 0, 0, 0] / 100
+    cosines = np.cos(angles - np.resize(np.array(PROMPTS, float), 40))
+    plain, found = score(net(4), truth), aligned(Workers())
+    ends = stats.t.interval(0.95, 39, cosines.mean(), stats.sem(cosines))
+    names = ("eval/alignment", "eval/alignment_low", "eval/alignment_high")
+    expected = (cosines.mean(), *ends)
+    assert [found.metrics[name] for name in names] == pytest.approx(expected, abs=1e-9)
+    assert found.metrics.keys() == {*plain.metrics, *names}
+    assert found.provenance["alignment"]["model_sha256"] == Angles.sha256
+    assert "alignment" not in plain.provenance
+    for one in on_workers(2, aligned):
+        assert one.metrics == pytest.approx(found.metrics, rel=1e-11)
+        assert one.provenance == found.provenance
 
 
 def test_images_need_not_be_square(tmp_path: Path) -> None:
