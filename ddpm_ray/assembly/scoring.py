@@ -8,21 +8,24 @@ from typing import Any, assert_never
 import torch
 
 from ddpm_ray.assembly.encoder_loading import trained_encoders
+from ddpm_ray.assembly.image_encoders import NOT_FOUND
 from ddpm_ray.assembly.run_config import run_history
 from ddpm_ray.assembly.training_run import ema_decay
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.tokenizer import TokenizerError
-from ddpm_ray.evaluation.alignment import Alignment
 from ddpm_ray.evaluation.ceiling import Ceiling, ceiling_facts, measure_ceiling, stored_ceiling
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features import feature_extractor
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
+from ddpm_ray.redaction import sanitize
+from ddpm_ray.sampling.image_text import TrainedEncoders
 from ddpm_ray.storage import checksummed
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
@@ -60,25 +63,56 @@ def held_out(
     return reference(open_dataset(config.held_out_url), net, workers, codec=codec)
 
 
-def alignment(
-    config: EvaluationConfig, prompts: Sequence[str], device: torch.device
-) -> Alignment | None:
-    """The score of how samples fit `prompts`, for one evaluation; None if it is not computed.
+def alignment_checkpoint(
+    config: EvaluationConfig, of: RunConfig, prompts: Sequence[str], dataset: Dataset
+) -> dict[str, str]:
+    """URL and sha256 of the checkpoint that scores alignment, for all workers; {} for none.
 
-    Raises ConfigError, in one line, for an encoder that does not load, and without prompts.
+    The driver calls it: the encoder's run may train on while workers score. The samples of a model
+    with the config `of` have `prompts`, or if there are none, captions. Raises ConfigError, in one
+    line, for samples without prompts, and for an encoder that does not load or fit the images.
     """
-    if not config.alignment_encoder:
-        return None
-    given = f"evaluation.alignment_encoder is {config.alignment_encoder!r}"
-    if not prompts:
+    if not (config.alignment_encoder and config.num_images):
+        return {}
+    given, data = _given_alignment(config), reference_data(config, dataset)
+    captions = data.manifest.captioned and of.takes_text and not of.embedding.encoder
+    if not (prompts or captions):
         raise ConfigError(
-            f"{given}, but the samples have no prompts: leave it out, or score a model of texts on "
-            f"data with captions"
+            f"{given}, but the samples have no prompts: set sampling.prompts for a model of texts, "
+            f"or leave it out"
         )
     try:
-        return Alignment(trained_encoders(config.alignment_encoder, device), prompts)
+        found = trained_encoders(config.alignment_encoder)
+        found.require_fitting(data.manifest.image_shape)
+    except (*NOT_FOUND, ValueError) as error:
+        raise ConfigError(f"{given}: {error}") from error
+    return {"url": found.url, "sha256": found.sha256}
+
+
+def alignment_encoders(
+    config: EvaluationConfig, checkpoint: Mapping[str, str], device: torch.device
+) -> TrainedEncoders | None:
+    """Load the encoders of `alignment_checkpoint` for a worker; None if alignment is not scored.
+
+    Raises ConfigError unless they load and have that sha256.
+    """
+    if not (config.alignment_encoder and config.num_images):
+        return None
+    given, url, sha256 = _given_alignment(config), checkpoint["url"], checkpoint["sha256"]
+    try:
+        found = trained_encoders(url, device)
     except (CheckpointError, ConfigError, TokenizerError) as error:
         raise ConfigError(f"{given}: {error}") from error
+    if found.sha256 != sha256:
+        raise ConfigError(
+            f"{given}: {url} has sha256 {found.sha256[:12]}, and the driver saw {sha256[:12]}: put "
+            f"that checkpoint back"
+        )
+    return found
+
+
+def _given_alignment(config: EvaluationConfig) -> str:
+    return f"evaluation.alignment_encoder is {sanitize(shown(config.alignment_encoder))}"
 
 
 def reference_data(config: EvaluationConfig, dataset: Dataset) -> Dataset:

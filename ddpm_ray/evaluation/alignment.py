@@ -26,6 +26,11 @@ class Alignment:
     prompts: Sequence[str]  # sample i has prompts[i % len(prompts)]
     _cosines: list[Tensor] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, encoders: TrainedEncoders | None, prompts: Sequence[str]) -> Alignment | None:
+        """The score of one evaluation of samples with `prompts`; None without encoders."""
+        return None if encoders is None else cls(encoders, prompts)
+
     @property
     def facts(self) -> dict[str, Any]:
         """All that the score depends on beside the samples, as plain JSON."""

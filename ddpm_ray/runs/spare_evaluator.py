@@ -4,7 +4,7 @@ The same objects as in a training step draw and score, so the results are the sa
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -55,11 +55,7 @@ def spare_evaluations(
         return None
     store, queue = evaluation_store(settings["folder"]), None
     if workers.is_main:
-        needed = {key: settings.get(key) for key in ("config", "folder", "identity")}
-        needed |= {
-            key: settings.get(key, {}) for key in ("fingerprints", "tokenizer", "image_encoder")
-        }
-        needed["held_out_prompts"] = settings.get("held_out_prompts", ())
+        needed = evaluator_settings(settings)
         environment = settings.get("environment", {})
         actor = SpareActor(spare_evaluator, needed, config.cluster, environment)
         queue = EvaluationQueue(actor, store, is_transient, config.cluster.max_failures)
@@ -74,6 +70,14 @@ def spare_evaluations(
         sink=sink,
         check_lease=writer.store.check_lease,
     )
+
+
+def evaluator_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the workers that `spare_evaluator` needs."""
+    needed = {key: settings.get(key) for key in ("config", "folder", "identity")}
+    named = ("fingerprints", "tokenizer", "image_encoder", "alignment_checkpoint")
+    needed |= {key: settings.get(key, {}) for key in named}
+    return needed | {"held_out_prompts": settings.get("held_out_prompts", ())}
 
 
 def spare_evaluator(

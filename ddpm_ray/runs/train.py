@@ -100,11 +100,11 @@ def run_training(
     """
     config = with_absolute_paths(config, home)
     warn_of_another_host(config.tracking.uri)
-    dataset, seen = checked_data(config)
+    dataset, checked = checked_data(config)
     folder = object_store.join(config.storage, config.name)
     config, encoder = settled_run(config, dataset, folder)
     texts = run_texts(config, dataset, folder)
-    of_data = {**encoder, **texts.settings, "fingerprints": seen}
+    of_data = {**encoder, **texts.settings, **checked}
     start = begin_run(config, dataset, folder, texts.tokenizer, encoder, texts.model)
     describe = _describer(config, dataset, folder, texts, parent)
     metadata = _metadata(config, dataset, start, parent, describe({}))

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ddpm_ray.assembly import diffusion, latents, networks
+from ddpm_ray.assembly import diffusion, latents, networks, scoring
 from ddpm_ray.assembly.autoencoder import require_fitting
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs.pack import PackConfig
@@ -20,16 +21,19 @@ from ddpm_ray.runs.pack import pack_dataset
 from ddpm_ray.storage import object_store
 
 
-def checked_data(config: RunConfig) -> tuple[Dataset, dict[str, str]]:
-    """Open all data sets of a run; return that of training, and their fingerprints by URL.
+def checked_data(config: RunConfig) -> tuple[Dataset, dict[str, Any]]:
+    """Open all data sets of a run; return that of training, and what its workers know of the rest.
 
-    Raises ConfigError or DatasetError if one is missing, or if the model or its autoencoder does
-    not fit.
+    That is fingerprints by URL, and the checkpoint that scores alignment. Raises ConfigError or
+    DatasetError if one is missing, or if the model, its autoencoder or that encoder does not fit.
     """
     dataset = open_or_pack(config)
     check_model(config, dataset)
     latents.codec_of_data(config.data, dataset)
-    return dataset, _fingerprints(config, dataset)
+    fingerprints = _fingerprints(config, dataset)
+    wanted, prompts = config.evaluation, config.sampling.prompts
+    pinned = scoring.alignment_checkpoint(wanted, config, prompts, dataset)
+    return dataset, {"fingerprints": fingerprints, "alignment_checkpoint": pinned}
 
 
 def open_or_pack(config: RunConfig) -> Dataset:

@@ -74,7 +74,9 @@ def training_outputs(
     return TrainingOutputs(
         grid_logger.log_grid if draws else _nothing,
         grid_logger.log_strip if draws else _nothing,
-        PeriodicEvaluator(config, dataset, state, grid_logger).evaluate,
+        PeriodicEvaluator(
+            config, dataset, state, grid_logger, settings.get("alignment_checkpoint", {})
+        ).evaluate,
         _validate_callback(config, dataset, state, grid_logger),
     )
 

@@ -24,6 +24,7 @@ def write_captioned(
     encoding: Encoding = "raw",
     *,
     noise: bool = False,
+    shape: ImageShape = SHAPE,
 ) -> Dataset:
     """Write a set whose sample n has label n % 7 and captions[n].
 
@@ -33,7 +34,7 @@ def write_captioned(
     rows = []
     for number, start in enumerate(range(0, len(captions), shard_samples)):
         numbers = range(start, min(start + shard_samples, len(captions)))
-        images = np.stack([_noise(n) if noise else np.full(SHAPE, n % 250) for n in numbers])
+        images = np.stack([_noise(n, shape) if noise else np.full(shape, n % 250) for n in numbers])
         images = images.astype(np.uint8)
         texts, name = [captions[n] for n in numbers], shards.shard_name(number)
         data = shards.shard_bytes(
@@ -46,9 +47,9 @@ def write_captioned(
         digest, sums = hashlib.sha256(data).hexdigest(), shards.pixel_sums(images)
         count = sum(map(len, texts))
         rows.append(ShardRow(name, len(numbers), len(data), digest, *sums, captions=count))
-    recipe = Recipe(SHAPE, encoding, "none", tuple("abcdefg"), "0" * 64, captioned=True)
+    recipe = Recipe(shape, encoding, "none", tuple("abcdefg"), "0" * 64, captioned=True)
     return write_index(str(folder), recipe, rows)
 
 
-def _noise(seed: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, 256, SHAPE)
+def _noise(seed: int, shape: ImageShape) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, 256, shape)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ddpm_ray.assembly import scoring
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
@@ -71,6 +73,8 @@ def run_evaluation(
     )
     others = ("held_out_url", "reference_url")
     require_scored_data(traits, config.data_url, config.evaluation, others)  # before Ray starts
+    dataset, prompts = open_dataset(config.data_url), config.sampling.prompts
+    pinned = scoring.alignment_checkpoint(config.evaluation, begun, prompts, dataset)
     if traits.reconstructs:
         require_images_of(model_uri, config.data_url)
     if traits.embeds:
@@ -80,6 +84,7 @@ def run_evaluation(
         "tracking_uri": tracking_uri,
         "config": to_dict(config),
         "task": begun.task,
+        "alignment_checkpoint": pinned,
     }
     scores: dict[str, Any] = worker_group.run(
         evaluate_worker, settings, config.cluster, on_progress

@@ -22,6 +22,7 @@ from ddpm_ray.distributed import fatal_errors, startup
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.distributed.worker_context import distributed_context
 from ddpm_ray.evaluation import sample_quality
+from ddpm_ray.evaluation.alignment import Alignment
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
 from ddpm_ray.evaluation.memorisation import Neighbours, nearest_images, spread
 from ddpm_ray.evaluation.reference_statistics import reference
@@ -33,6 +34,7 @@ from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_scores
 from ddpm_ray.runs.evaluation.evaluate_contrastive import contrastive_scores
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.image_text import TrainedEncoders
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8, sampling_plan
 from ddpm_ray.storage import object_store
@@ -86,7 +88,9 @@ def _scores(
     model = dataclasses.replace(model, denoiser=shown)
     found: dict[str, Any] = {"metrics": {}}
     if config.evaluation.num_images:
-        found |= _sample_scores(config, model, plan, workers, progress).to_json()
+        checkpoint = settings.get("alignment_checkpoint", {})
+        encoders = scoring.alignment_encoders(config.evaluation, checkpoint, workers.device)
+        found |= _sample_scores(config, model, plan, encoders, workers, progress).to_json()
     if config.evaluation.bits_per_dim_images:
         bits = _bits_per_dim(config, model, workers, progress).to_json()
         found["metrics"] = found["metrics"] | bits.pop("metrics")
@@ -117,6 +121,7 @@ def _sample_scores(
     config: EvaluateConfig,
     model: TrainedModel,
     plan: SamplingPlan,
+    encoders: TrainedEncoders | None,
     workers: Workers,
     progress: ImageProgress,
 ) -> Scores:
@@ -138,7 +143,7 @@ def _sample_scores(
             batch_size=config.sampling.batch_size,
             weights=_weights(model) | {"guidance": vars(config.guidance)},
             arithmetic=scoring.arithmetic_of_samples(wanted),
-            alignment=scoring.alignment(wanted, plan.settings.clean_prompts, workers.device),
+            alignment=Alignment.of(encoders, plan.settings.clean_prompts),
         ),
         net,
         known,
