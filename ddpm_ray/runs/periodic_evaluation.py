@@ -21,7 +21,7 @@ from ddpm_ray.training.state import TrainingState
 
 
 class _Tools(NamedTuple):
-    """What all evaluations of a run share."""
+    """The tools that all evaluations of a run share."""
 
     net: FeatureNet
     known: Reference
