@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,21 @@ pytest.importorskip("tokenizers", reason="needs the extra [text]")
 
 import ddpm_ray
 from ddpm_ray.assembly.encoder_loading import trained_encoders
-from ddpm_ray.assembly.image_encoders import settled_embedding
-from ddpm_ray.assembly.run_config import tokenizer_facts
+from ddpm_ray.assembly.image_encoders import (
+    copy_image_encoder,
+    named_encoder,
+    settled_embedding,
+)
+from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint
+from ddpm_ray.assembly.run_config import saved_config, tokenizer_facts
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.tokenizer import Tokenizer
+from ddpm_ray.runs.run_start import RunStart, begin_run, settled_run
 from ddpm_ray.sampling.image_grid import grid_of_samples
 from ddpm_ray.storage import checksummed_json
-from ddpm_ray.training.checkpoint_folder import CheckpointError
+from ddpm_ray.training.checkpoint_folder import CheckpointError, read_checkpoint
 from tests.data.captioned_sets import write_captioned
 from tests.data.embedding_sets import random_embeddings, write_embeddings
 from tests.data.latent_sets import TINY_UNET, commit, initial_run
@@ -201,3 +208,44 @@ def test_a_continued_run_keeps_the_encoder_that_it_began_with(runs: Path, tmp_pa
     shutil.rmtree(first)
     with pytest.raises(ConfigError, match=r"but the run began with .*: name the place of that one"):
         settled_embedding(config, dataset, stored)
+
+
+def test_a_copied_decoder_brings_its_encoder(runs: Path, tmp_path: Path) -> None:
+    """As MLflow stores it; an encoder that has moved or changed is not copied, and is named."""
+    url, _ = newest_checkpoint(str(runs / "decoder"))
+    facts = read_checkpoint(url, groups=()).facts
+    copy = tmp_path / "copy"
+    shutil.copytree(url, copy)
+    copy_image_encoder(facts, copy)
+    held = facts["image_encoder"]
+    here = named_encoder(saved_config(facts), facts, "cpu", str(copy))
+    assert here is not None
+    assert here.url == str(copy / "image_encoder")
+    x_0 = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
+    assert torch.equal(here.embed(x_0), trained_encoders(held["url"]).embed(x_0))
+    moved = facts | {"image_encoder": held | {"url": str(tmp_path / "gone")}}
+    with pytest.raises(ValueError, match=r"does not load: .*gone: there is no such"):
+        copy_image_encoder(moved, tmp_path / "a")
+    other = facts | {"image_encoder": held | {"url": str(runs / "other-encoder")}}
+    with pytest.raises(ValueError, match=rf"had sha256 {held['sha256'][:12]}, and .*other-e"):
+        copy_image_encoder(other, tmp_path / "b")
+    with pytest.raises(CheckpointError, match=f"the encoder of sha256 {held['sha256'][:9]}"):
+        _ = replace(here, url=str(runs / "other-encoder")).encoders
+
+
+def test_a_prior_is_continued_as_its_data_name_the_encoder(runs: Path, tmp_path: Path) -> None:
+    """It has no embedding.encoder, and its checkpoints name one all the same."""
+    data = str(runs / "embeddings")
+    config = load_config(RunConfig, None, ["name=x", f"data.url={data}", *PRIOR, *DIFFUSION])
+    dataset, folder = open_dataset(data), str(tmp_path)
+
+    def started() -> RunStart:
+        settled, encoder = settled_run(config, dataset, folder)
+        return begin_run(settled, dataset, folder, TOKENIZER, encoder)
+
+    first = started()
+    assert first.step == 0
+    trained(tmp_path, data, *PRIOR, *DIFFUSION, step=3)
+    assert "image_encoder" in read_checkpoint(newest_checkpoint(folder)[0], groups=()).facts
+    again = started()
+    assert (again.identity, again.step) == (first.identity, 3)

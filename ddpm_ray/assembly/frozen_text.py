@@ -12,18 +12,17 @@ from torch import nn
 
 from ddpm_ray.assembly import run_config
 from ddpm_ray.assembly.encoder_loading import encoder_files, trained_encoders
+from ddpm_ray.assembly.model_copies import copy_files, copy_in
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.text import FROZEN, FrozenTextKind
 from ddpm_ray.data.tokenizer import Tokenizer, TokenizerError
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.frozen_text import ContrastiveText, FrozenText
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.models.interop.transformers_text import CONFIG, TOKENIZER, text_folder
+from ddpm_ray.models.interop.transformers_text import TOKENIZER, text_folder
 from ddpm_ray.models.prior import Prior
 from ddpm_ray.models.text_encoder import FrozenTextSpec
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.storage import object_store
-from ddpm_ray.training import checkpoint_folder
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 TEXT_ENCODER_COPY = "text_encoder"  # folder in that of a checkpoint that was copied to MLflow
@@ -93,7 +92,7 @@ def bind_text_model(
             )
         return
     try:
-        encoder = _checked(facts, moved or _copy_in(where) or held["url"]).load()
+        encoder = _checked(facts, moved or copy_in(where, TEXT_ENCODER_COPY) or held["url"]).load()
     except ValueError as error:
         key = "text_model" if where else "text.model"  # of a job, or of the run itself
         remedy = f"name the one that it was trained with, as in {key}={FROZEN[held['kind']]}"
@@ -111,15 +110,12 @@ def copy_text_model(facts: Mapping[str, Any], folder: Path) -> None:
     """
     if (held := facts.get("text_encoder")) is None:
         return
-    destination = folder / TEXT_ENCODER_COPY
     try:
         files = _files(held["kind"], held["url"])
     except (CheckpointError, ConfigError, UnsupportedModelError) as error:
         raise ValueError(f"{NOT_LOADED}: {error}") from error
-    for name, source in files.items():
-        object_store.write_bytes(str(destination / name), object_store.read_bytes(source))
     # The copy is verified: the encoder's run may commit another checkpoint at any time.
-    _checked(facts, str(destination), held["url"])
+    _checked(facts, copy_files(files, folder / TEXT_ENCODER_COPY), held["url"])
 
 
 def _checked(facts: Mapping[str, Any], url: str, named: str = "") -> TextModel:
@@ -141,15 +137,6 @@ def _checked(facts: Mapping[str, Any], url: str, named: str = "") -> TextModel:
                 f"{named or url} is {own[:12]}"
             )
     return found
-
-
-def _copy_in(where: str) -> str:
-    """The path of the copy in a checkpoint's local folder; empty if it has none."""
-    if not where or not object_store.is_local(where):  # copies are made for MLflow
-        return ""
-    place = object_store.local_path(where) / TEXT_ENCODER_COPY
-    held = any((place / name).is_file() for name in (checkpoint_folder.MANIFEST, CONFIG))
-    return str(place) if held else ""
 
 
 def _files(kind: FrozenTextKind, url: str) -> dict[str, str]:

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly.encoder_loading import trained_encoders
+from ddpm_ray.assembly.encoder_loading import encoder_files, trained_encoders
+from ddpm_ray.assembly.model_copies import copy_files, copy_in
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.tokenizer import TokenizerError
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.sampling.image_text import TrainedEncoders
-from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training import checkpoint_folder
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 ENCODER_COPY = "image_encoder"  # folder in that of a checkpoint that was copied to MLflow
@@ -138,7 +137,7 @@ def encoder_of_width(
 ) -> NamedImageEncoder:
     """The encoder of image embeddings of that width that these facts name; see `named_encoder`."""
     held = facts["image_encoder"]
-    url = _copy_in(where) or held["url"]
+    url = copy_in(where, ENCODER_COPY) or held["url"]
     return NamedImageEncoder(width, url, held["sha256"], device, where or "the run")
 
 
@@ -150,12 +149,8 @@ def copy_image_encoder(facts: Mapping[str, Any], folder: Path) -> None:
     """
     if (held := facts.get("image_encoder")) is None:
         return
-    destination = folder / ENCODER_COPY
     try:
-        for name in checkpoint_folder.sampling_files(held["url"]):
-            data = object_store.read_bytes(object_store.join(held["url"], name))
-            object_store.write_bytes(str(destination / name), data)
-        found = trained_encoders(str(destination))
+        found = trained_encoders(copy_files(encoder_files(held["url"]), folder / ENCODER_COPY))
     except (CheckpointError, ConfigError, TokenizerError) as error:
         raise ValueError(f"the encoder of its image embeddings does not load: {error}") from error
     if found.sha256 != held["sha256"]:
@@ -163,11 +158,3 @@ def copy_image_encoder(facts: Mapping[str, Any], folder: Path) -> None:
             f"the encoder of its image embeddings had sha256 {held['sha256'][:12]}, and that of "
             f"{held['url']} has {found.sha256[:12]}"
         )
-
-
-def _copy_in(where: str) -> str:
-    """The path of the encoder's copy in a checkpoint's local folder; empty if it has none."""
-    if not where or not object_store.is_local(where):  # copies are made for MLflow
-        return ""
-    place = object_store.local_path(where) / ENCODER_COPY
-    return str(place) if (place / checkpoint_folder.MANIFEST).is_file() else ""

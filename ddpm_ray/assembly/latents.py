@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ddpm_ray.assembly.autoencoder_loading import autoencoder_files, trained_autoencoder
+from ddpm_ray.assembly.model_copies import copy_files, copy_in
 from ddpm_ray.assembly.run_config import saved_codec
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.loading import ConfigError
@@ -17,11 +18,8 @@ from ddpm_ray.data.dataset_codec import codec_of
 from ddpm_ray.data.embedding_codec import EmbeddingCodec
 from ddpm_ray.data.encoding_record import RECORD, read_encoding
 from ddpm_ray.data.latent_codec import LatentCodec
-from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
-from ddpm_ray.storage import object_store
-from ddpm_ray.training import checkpoint_folder
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 AUTOENCODER_COPY = "autoencoder"  # folder in that of a checkpoint that was copied to MLflow
@@ -104,7 +102,7 @@ def bound_codec(
         return codec
     held = facts["autoencoder"]
     try:
-        url = autoencoder or _copy_in(where) or held["url"]
+        url = autoencoder or copy_in(where, AUTOENCODER_COPY) or held["url"]
         return codec.bound(_autoencoder(url, held["sha256"], device))
     except ValueError as error:
         remedy = "name the one that encoded them, as in autoencoder=runs/ae"
@@ -142,24 +140,13 @@ def copy_autoencoder(facts: Mapping[str, Any], folder: Path) -> None:
     """
     if (held := facts.get("autoencoder")) is None:
         return
-    url, destination = held["url"], folder / AUTOENCODER_COPY
+    url = held["url"]
     try:
         files = autoencoder_files(url)
     except (CheckpointError, ConfigError, UnsupportedModelError) as error:
         raise ValueError(f"the autoencoder of these latents does not load: {error}") from error
-    for name, source in files.items():
-        object_store.write_bytes(str(destination / name), object_store.read_bytes(source))
     # The copy is verified: the autoencoder's run may commit another checkpoint at any time.
-    _autoencoder(str(destination), held["sha256"], "cpu", url)
-
-
-def _copy_in(where: str) -> str:
-    """The path of the autoencoder's copy in a checkpoint's local folder; empty if it has none."""
-    if not object_store.is_local(where):  # copies are made for MLflow, which downloads them
-        return ""
-    place = object_store.local_path(where) / AUTOENCODER_COPY
-    held = autoencoder_kl.in_folder(place) or (place / checkpoint_folder.MANIFEST).is_file()
-    return str(place) if held else ""
+    _autoencoder(copy_files(files, folder / AUTOENCODER_COPY), held["sha256"], "cpu", url)
 
 
 def _autoencoder(
