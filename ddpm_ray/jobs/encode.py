@@ -1,4 +1,4 @@
-"""Encode a packed data set: to latents by an autoencoder, or to embeddings by an image encoder.
+"""Encode a packed data set to latents, or to embeddings of its images.
 
     ddpm-ray encode MODEL DATA DESTINATION [key=value ...]
     python jobs/encode.py MODEL DATA DESTINATION [key=value ...]

@@ -23,6 +23,7 @@ REQUIRED = {
     "train": {"name", "data.url"},
     "sweep": {"name", "space", "run.data.url"},
     "drill": {"faults", "run.name", "run.data.url"},
+    "cascade": {"prior", "decoder"},
 }
 TITLE = re.compile(r"^(\S+): [A-Z].*\.$")
 
