@@ -71,7 +71,7 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
             "encode.py",
             ("none", ".", "out"),
             WRONG_CONFIG,
-            "autoencoder is {}/none: there is no such folder",
+            "model is {}/none: there is no such folder",
         ),
         ("encode.py", (".", "none", "out"), WRONG_CONFIG, "data is {}/none: there is no such fold"),
         (
