@@ -147,12 +147,19 @@ class PixelCodec:
         return sum(squares) / len(squares) + self.variance(pixel_std)
 
 
-@lru_cache(maxsize=64)
 def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return `values` [n] as a tensor on `device`, copied there once.
 
-    A copy from the host in each training step would wait for the device.
+    A copy from the host in each training step would wait for the device. What is compiled holds
+    them as constants.
     """
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _kept_constants(values, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # what is made in that mode cannot take part in training
         return torch.tensor(values, dtype=dtype, device=device)
 

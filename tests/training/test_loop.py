@@ -239,7 +239,7 @@ def sets(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def of_kind(sets: dict[str, str], kind: str, *overrides: str) -> list[str]:
     """The overrides of a run of that kind, its data set among them."""
     name, own = KINDS[kind]
-    own = tuple(one.replace("ENCODERS", sets["ENCODERS"]) for one in own)
+    own = tuple(one.replace("ENCODERS", sets.get("ENCODERS", "")) for one in own)
     return [f"data.url={sets[name]}", *own, *overrides]
 
 
