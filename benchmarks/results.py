@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_ray.assembly import checkpoint_loading
+from ddpm_ray.assembly import checkpoint_loading, classifier_loading
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.sampling import Sampler, SamplingSettings
 from ddpm_ray.data.codec import PIXELS
@@ -188,7 +188,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = loaded(run)
     scorer = Scorer(
-        data, Path(inception), checkpoint_loading.trained_classifier(classifier), images
+        data, Path(inception), classifier_loading.trained_classifier(classifier), images
     )
     pictures(model, data, folder)
     held_out = next(iter(read_images(open_dataset(data), [0])))

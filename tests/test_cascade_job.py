@@ -15,7 +15,7 @@ from PIL import Image
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
 
 import ddpm_ray
-from ddpm_ray.assembly.encoder_loading import trained_encoders
+from ddpm_ray.assembly.encoder_loading import encoders_of_sha256, trained_encoders
 from ddpm_ray.assembly.image_encoders import (
     copy_image_encoder,
     named_encoder,
@@ -221,14 +221,21 @@ def test_a_copied_decoder_brings_its_encoder(runs: Path, tmp_path: Path) -> None
     here = named_encoder(saved_config(facts), facts, "cpu", str(copy))
     assert here is not None
     assert here.url == str(copy / "image_encoder")
+    other = trained_encoders(str(runs / "other-encoder"))
     x_0 = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
     assert torch.equal(here.embed(x_0), trained_encoders(held["url"]).embed(x_0))
+    encoders_of_sha256(other.url, other.sha256, "cpu")  # the one that is shared now
+    shutil.rmtree(copy)  # as MLflow's download, once the model is loaded
+    assert torch.equal(here.embed(x_0), trained_encoders(held["url"]).embed(x_0))
     moved = facts | {"image_encoder": held | {"url": str(tmp_path / "gone")}}
-    with pytest.raises(ValueError, match=r"does not load: .*gone: there is no such"):
+    with pytest.raises(ValueError, match=r"gone cannot be copied: .*there is no such"):
         copy_image_encoder(moved, tmp_path / "a")
-    other = facts | {"image_encoder": held | {"url": str(runs / "other-encoder")}}
-    with pytest.raises(ValueError, match=rf"had sha256 {held['sha256'][:12]}, and .*other-e"):
-        copy_image_encoder(other, tmp_path / "b")
+    another = facts | {"image_encoder": held | {"url": str(runs / "other-encoder")}}
+    with pytest.raises(
+        ValueError,
+        match=rf"other-encoder cannot be copied: .*encoder of sha256 {held['sha256'][:12]}, and ",
+    ):
+        copy_image_encoder(another, tmp_path / "b")
     with pytest.raises(CheckpointError, match=f"the encoder of sha256 {held['sha256'][:9]}"):
         _ = replace(here, url=str(runs / "other-encoder")).encoders
 

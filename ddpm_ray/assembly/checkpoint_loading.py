@@ -30,7 +30,6 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.models.autoencoder import AutoencoderSpec
-from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.contrastive import ContrastiveSpec
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.interop import autoencoder_kl, diffusers_folders
@@ -258,29 +257,6 @@ def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] 
         return None
     same = dataset.fingerprint == facts.get("data_fingerprint")
     return dataset.manifest.label_names if same else None
-
-
-def trained_classifier(
-    url: str, device: torch.device | str = "cpu", guides: Codec | None = None
-) -> NoisyClassifier:
-    """Load the noisy-image classifier of a run with task=classifier.
-
-    `guides` is the codec of a model that it shall guide. Raises CheckpointError, NewerFormatError,
-    ConfigError for a run that trained another kind of model, ValueError for a codec unlike
-    `guides`.
-    """
-    where, snapshot = newest_checkpoint(url, "ema")
-    config = run_config.saved_config(snapshot.facts, url)
-    if not config.traits.predicts_labels:
-        raise ConfigError(f"{url} holds no classifier: train one with task=classifier")
-    codec = run_config.saved_codec(snapshot.facts, where)
-    if guides is not None:
-        require_same_x_0(guides, codec)
-    shape = diffused_shape(codec, ImageShape(*snapshot.facts["image_shape"]))
-    network = networks.network(config, shape)
-    assert isinstance(network, NoisyClassifier)
-    network.load_state_dict(snapshot.tensors["ema"])
-    return network.to(device).eval().requires_grad_(False)
 
 
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:

@@ -1,8 +1,11 @@
 """Load a trained image and text encoder from a checkpoint."""
 
+from functools import lru_cache
+
 import torch
 
 from ddpm_ray.assembly import networks, run_config
+from ddpm_ray.assembly.continued_encoder import UNLOADABLE
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.image_shape import ImageShape
@@ -40,6 +43,23 @@ def trained_encoders(
     sha256 = checkpoint_folder.weights_sha256(where, ema)
     core_s = facts.get("core_seconds")
     return TrainedEncoders(network, tokenizer, image_shape, where, sha256, core_s)
+
+
+@lru_cache(maxsize=1)  # a run's objective, pictures and scores share its encoder
+def encoders_of_sha256(url: str, sha256: str, device: torch.device | str) -> TrainedEncoders:
+    """Load the encoders at `url`, once for all their uses in a process.
+
+    Raises ValueError, in one line, unless they load and have this sha256, and StorageError.
+    """
+    try:
+        found = trained_encoders(url, device)
+    except UNLOADABLE as error:
+        raise ValueError(f"the encoder does not load: {error}") from error
+    if found.sha256 != sha256:
+        raise ValueError(
+            f"it was the encoder of sha256 {sha256[:12]}, and that of {url} is {found.sha256[:12]}"
+        )
+    return found
 
 
 def encoder_files(url: str) -> dict[str, str]:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ddpm_ray.assembly import run_config
+from ddpm_ray.assembly.continued_encoder import UNLOADABLE
 from ddpm_ray.assembly.encoder_loading import encoder_files, trained_encoders
 from ddpm_ray.assembly.model_copies import copy_files, copy_in
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.text import FROZEN, FrozenTextKind
-from ddpm_ray.data.tokenizer import Tokenizer, TokenizerError
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.frozen_text import ContrastiveText, FrozenText
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
@@ -27,7 +28,6 @@ from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 TEXT_ENCODER_COPY = "text_encoder"  # folder in that of a checkpoint that was copied to MLflow
 NOT_LOADED = "the text encoder of this model does not load"
-NOT_FOUND = (CheckpointError, ConfigError, TokenizerError, UnsupportedModelError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ def _checked(facts: Mapping[str, Any], url: str, named: str = "") -> TextModel:
     held = facts["text_encoder"]
     try:
         found = text_model(held["kind"], url, facts["tokenizer"]["length"])
-    except NOT_FOUND as error:
+    except UNLOADABLE as error:
         raise ValueError(f"{NOT_LOADED}: {error}") from error
     wanted = (held["sha256"], facts["tokenizer"]["sha256"])
     here = (found.sha256, found.tokenizer.sha256)

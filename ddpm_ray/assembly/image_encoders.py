@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly.encoder_loading import encoder_files, trained_encoders
+from ddpm_ray.assembly.continued_encoder import encoder_of_run
+from ddpm_ray.assembly.encoder_loading import (
+    encoder_files,
+    encoders_of_sha256,
+    trained_encoders,
+)
 from ddpm_ray.assembly.model_copies import copy_files, copy_in
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.tokenizer import TokenizerError
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.sampling.image_text import TrainedEncoders
-from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 ENCODER_COPY = "image_encoder"  # folder in that of a checkpoint that was copied to MLflow
-NOT_FOUND = (CheckpointError, ConfigError, StorageError, TokenizerError)
 REMEDY = "put the checkpoint of that encoder back"
 
 
@@ -54,18 +56,11 @@ class NamedImageEncoder:
         """The loaded encoders. CheckpointError unless they load and have the weights `sha256`."""
         try:
             if not self.url:
-                raise ConfigError("its place is unknown, as encoding.json of the data is missing")
-            found = trained_encoders(self.url, self.device)
-        except NOT_FOUND as error:
-            problem = f"the encoder of its image embeddings does not load: {error}"
+                raise ValueError("its place is unknown, as encoding.json of the data is missing")
+            return encoders_of_sha256(self.url, self.sha256, self.device)
+        except ValueError as error:
+            problem = f"the encoder of its image embeddings: {error}"
             raise CheckpointError(self.where, problem, REMEDY) from error
-        if found.sha256 != self.sha256:
-            problem = (
-                f"its image embeddings are those of the encoder of sha256 {self.sha256[:12]}, and "
-                f"that of {self.url} is {found.sha256[:12]}"
-            )
-            raise CheckpointError(self.where, problem, REMEDY)
-        return found
 
 
 def settled_embedding(
@@ -74,9 +69,8 @@ def settled_embedding(
     """`config` with the width of its image embeddings, and the facts that name their encoder.
 
     The facts are empty for a run without embeddings. `stored` are the identity or the facts of a
-    run that is continued: it keeps the checkpoint that it began with, even if the encoder's run
-    trained on. Raises ConfigError, in one line, for an encoder that does not load, that does not
-    take the images of `dataset`, or that is another one.
+    run that is continued. Raises what `encoder_of_run` does, and ConfigError, in one line, for an
+    encoder that does not take the images of `dataset`.
     """
     wanted, manifest = config.embedding, dataset.manifest
     if not wanted.encoder:
@@ -87,17 +81,13 @@ def settled_embedding(
             f"{given}, which embeds images, but {dataset.url} holds {manifest.codec}: train on the "
             f"images, or leave it out"
         )
+    encoders = encoder_of_run(
+        "embedding.encoder", wanted.encoder, "image_encoder", stored, trained_encoders
+    )
     try:
-        encoders = _as_begun(wanted.encoder, stored) or trained_encoders(wanted.encoder)
         encoders.require_fitting(manifest.image_shape)
-    except (*NOT_FOUND, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{given}: {error}") from error
-    held = stored.get("image_encoder")
-    if held and held["sha256"] != encoders.sha256:
-        raise ConfigError(
-            f"{given}, whose weights have sha256 {encoders.sha256[:12]}, but the run began with "
-            f"{held['sha256'][:12]}: name the place of that one, or start a run with another name="
-        )
     if wanted.width not in (0, encoders.width):
         raise ConfigError(
             f"embedding.width is {wanted.width}, and the embeddings of {wanted.encoder} have "
@@ -105,18 +95,6 @@ def settled_embedding(
         )
     settled = replace(config, embedding=replace(wanted, width=encoders.width))
     return settled, {"image_encoder": {"url": encoders.url, "sha256": encoders.sha256}}
-
-
-def _as_begun(url: str, stored: Mapping[str, Any]) -> TrainedEncoders | None:
-    """The encoder that the run `stored` began with, if `url` still names its place; else None."""
-    held = stored.get("image_encoder")
-    if not held or stored["config"].get("embedding", {}).get("encoder") != url:
-        return None
-    try:
-        found = trained_encoders(held["url"])
-    except NOT_FOUND:  # it was deleted, or is not readable
-        return None
-    return found if found.sha256 == held["sha256"] else None
 
 
 def named_encoder(
@@ -150,11 +128,8 @@ def copy_image_encoder(facts: Mapping[str, Any], folder: Path) -> None:
     if (held := facts.get("image_encoder")) is None:
         return
     try:
-        found = trained_encoders(copy_files(encoder_files(held["url"]), folder / ENCODER_COPY))
-    except (CheckpointError, ConfigError, TokenizerError) as error:
-        raise ValueError(f"the encoder of its image embeddings does not load: {error}") from error
-    if found.sha256 != held["sha256"]:
-        raise ValueError(
-            f"the encoder of its image embeddings had sha256 {held['sha256'][:12]}, and that of "
-            f"{held['url']} has {found.sha256[:12]}"
-        )
+        copy = copy_files(encoder_files(held["url"]), folder / ENCODER_COPY)
+        encoders_of_sha256(copy, held["sha256"], "cpu")
+    except (CheckpointError, ValueError) as error:
+        problem = f"the encoder of its image embeddings at {held['url']} cannot be copied: {error}"
+        raise ValueError(problem) from error

@@ -7,8 +7,8 @@ from typing import Any, assert_never
 
 import torch
 
-from ddpm_ray.assembly.encoder_loading import trained_encoders
-from ddpm_ray.assembly.image_encoders import NOT_FOUND
+from ddpm_ray.assembly.continued_encoder import UNLOADABLE
+from ddpm_ray.assembly.encoder_loading import encoders_of_sha256, trained_encoders
 from ddpm_ray.assembly.run_config import run_history
 from ddpm_ray.assembly.training_run import ema_decay
 from ddpm_ray.collectives import Workers
@@ -18,7 +18,6 @@ from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset, open_dataset
-from ddpm_ray.data.tokenizer import TokenizerError
 from ddpm_ray.evaluation.ceiling import Ceiling, ceiling_facts, measure_ceiling, stored_ceiling
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features import feature_extractor
@@ -27,7 +26,6 @@ from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.sampling.image_text import TrainedEncoders
 from ddpm_ray.storage import checksummed
-from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 
 def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> FeatureNet:
@@ -84,7 +82,7 @@ def alignment_checkpoint(
     try:
         found = trained_encoders(config.alignment_encoder)
         found.require_fitting(data.manifest.image_shape)
-    except (*NOT_FOUND, ValueError) as error:
+    except (*UNLOADABLE, ValueError) as error:
         raise ConfigError(f"{given}: {error}") from error
     return {"url": found.url, "sha256": found.sha256}
 
@@ -98,17 +96,11 @@ def alignment_encoders(
     """
     if not (config.alignment_encoder and config.num_images):
         return None
-    given, url, sha256 = _given_alignment(config), checkpoint["url"], checkpoint["sha256"]
     try:
-        found = trained_encoders(url, device)
-    except (CheckpointError, ConfigError, TokenizerError) as error:
-        raise ConfigError(f"{given}: {error}") from error
-    if found.sha256 != sha256:
-        raise ConfigError(
-            f"{given}: {url} has sha256 {found.sha256[:12]}, and the driver saw {sha256[:12]}: put "
-            f"that checkpoint back"
-        )
-    return found
+        return encoders_of_sha256(checkpoint["url"], checkpoint["sha256"], device)
+    except ValueError as error:
+        remedy = "put that checkpoint back"
+        raise ConfigError(f"{_given_alignment(config)}: {error}: {remedy}") from error
 
 
 def _given_alignment(config: EvaluationConfig) -> str:

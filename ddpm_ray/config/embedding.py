@@ -30,7 +30,7 @@ class EmbeddingConfig:
     )
 
     def problems(self, num_classes: int) -> Iterator[str]:
-        """Yield a line for options that nothing uses, and for labels beside an embedding."""
+        """Yield a line for options that nothing uses, and for labels together with embeddings."""
         if self.encoder and num_classes:
             # Variations of an image and its embedding would need its label, too.
             yield (

@@ -33,7 +33,7 @@ class Alignment:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All that the score depends on beside the samples, as plain JSON."""
+        """All that the score depends on other than the samples, as plain JSON."""
         return {"model_sha256": self.encoders.sha256, "captions": "the prompts of the samples"}
 
     def watched(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

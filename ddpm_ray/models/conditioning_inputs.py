@@ -10,7 +10,7 @@ from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.layers import zero_init
 from ddpm_ray.models.text_encoder import TextInput
 
-CONTEXT_VECTORS = 4  # of an image embedding, beside those of a text (DALL-E 2)
+CONTEXT_VECTORS = 4  # of an image embedding, after those of a text (DALL-E 2)
 
 
 class EmbeddingInput(nn.Module):

@@ -12,12 +12,13 @@ from functools import partial
 import ray
 import torch
 
-from ddpm_ray.assembly.image_encoder_loading import image_encoder
 from ddpm_ray.assembly.newest_checkpoint import usable_device
+from ddpm_ray.assembly.set_encoder_loading import set_encoder
 from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.data.packing import encoded_packer
-from ddpm_ray.data.packing.encoded_packer import EncodedShard, EncodePlan, SetEncoder
+from ddpm_ray.data.packing.encoded_packer import EncodedShard, EncodePlan
+from ddpm_ray.data.packing.set_encoder import SetEncoder
 from ddpm_ray.distributed import connection
 from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.runs.shard_tasks import as_completed
@@ -53,7 +54,7 @@ class EncoderActor:
         The constructor does not load it, since Ray reports errors of constructors in another form.
         """
         if self._encoder is None:
-            found = image_encoder(self._url, self._device)
+            found = set_encoder(self._url, self._device)
             if found.network.sha256 != self._sha256:
                 changed = found.network.sha256
                 problem = f"its weights changed while images were being encoded ({changed})"
@@ -87,7 +88,7 @@ def encode_dataset(
     RunFailedError, ShardCorruptError or StorageError, and then writes no manifest.
     """
     source = open_dataset(data_url)
-    encoder = image_encoder(model_url, "cpu")
+    encoder = set_encoder(model_url, "cpu")
     plan = encoded_packer.make_encoding_plan(source, destination, encoder, config)
     if (dataset := encoded_packer.find_finished_set(plan)) is not None:
         return EncodeResult(dataset)

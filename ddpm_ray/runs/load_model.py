@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
-from ddpm_ray.assembly import cascades, checkpoint_loading
+from ddpm_ray.assembly import cascades, checkpoint_loading, classifier_loading
 from ddpm_ray.assembly.checkpoint_loading import Model
 from ddpm_ray.assembly.image_encoders import NamedImageEncoder
 from ddpm_ray.assembly.newest_checkpoint import usable_device
@@ -191,7 +191,7 @@ def configured(
     if not guidance.classifier:
         return model
     try:
-        classifier = checkpoint_loading.trained_classifier(
+        classifier = classifier_loading.trained_classifier(
             guidance.classifier, model.device, guides=of.codec
         )
     except ValueError as error:

@@ -21,6 +21,7 @@ from benchmarks.gpu.tiny import config_of
 from benchmarks.gpu.tiny_keys import AUTOENCODER
 from ddpm_ray.assembly import (
     checkpoint_loading,
+    classifier_loading,
     diffusers_export,
     diffusion,
     networks,
@@ -223,7 +224,7 @@ def test_the_run_of_an_autoencoder_encodes_and_draws_no_images(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"holds an autoencoder, which draws no images: train a"):
         checkpoint_loading.trained_model(folder)
     with pytest.raises(ConfigError, match=r"holds no classifier: train one"):
-        checkpoint_loading.trained_classifier(folder)
+        classifier_loading.trained_classifier(folder)
     found = trained_autoencoder(folder)
     (weights,) = tmp_path.glob("checkpoints/step-*/ema.safetensors")
     assert found.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -251,8 +252,8 @@ def test_a_classifier_and_a_model_are_not_taken_for_each_other(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"holds a classifier, which draws no images"):
         checkpoint_loading.trained_model(classifier)
     with pytest.raises(ConfigError, match=r"holds no classifier: train one with task=classifier"):
-        checkpoint_loading.trained_classifier(unet)
-    logits = checkpoint_loading.trained_classifier(classifier)(
+        classifier_loading.trained_classifier(unet)
+    logits = classifier_loading.trained_classifier(classifier)(
         torch.zeros(2, 3, 8, 8), torch.tensor([1, 30])
     )
     assert logits.shape == (2, 3)
@@ -366,7 +367,8 @@ def test_an_unknown_codec_is_refused_with_the_checkpoint_and_the_remedy(
     task: str, codec: object, tmp_path: Path
 ) -> None:
     config = configured(*CLASSIFIER) if task == "classifier" else configured()
-    load_it = getattr(checkpoint_loading, f"trained_{task}")
+    of = classifier_loading if task == "classifier" else checkpoint_loading
+    load_it = getattr(of, f"trained_{task}")
     with pytest.raises(NewerFormatError, match="its codec is") as raised:
         load_it(committed(config, tmp_path / "run", codec=codec))
     line = str(raised.value)

@@ -211,7 +211,7 @@ def test_a_network_continues_with_embeddings_where_it_was_without() -> None:
     [
         (
             ("embedding.encoder=nowhere",),
-            "embedding.encoder is nowhere: nowhere: there is no such folder",
+            "embedding.encoder: nowhere: there is no such folder",
         ),
         (("embedding.width=8",), "embedding.width is 8, which nothing uses without"),
         (

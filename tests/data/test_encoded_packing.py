@@ -26,8 +26,9 @@ from ddpm_ray.data.loader import read_captions, read_images
 from ddpm_ray.data.manifest import ENCODED_BY, Recipe
 from ddpm_ray.data.packing import encoded_packer, packer
 from ddpm_ray.data.packing.embedding_encoder import EmbeddingEncoder
-from ddpm_ray.data.packing.encoded_packer import EncodePlan, SetEncoder
+from ddpm_ray.data.packing.encoded_packer import EncodePlan
 from ddpm_ray.data.packing.latent_encoder import LatentEncoder
+from ddpm_ray.data.packing.set_encoder import SetEncoder
 from ddpm_ray.data.packing.sources import ArraySource
 from ddpm_ray.data.shards import Latents, fetch_shard
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec, Posterior

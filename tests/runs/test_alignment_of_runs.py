@@ -116,7 +116,8 @@ def test_workers_refuse_another_encoder_than_the_driver_saw(places: Places) -> N
     wanted = config_of(places).evaluation
     found = trained_encoders(places.encoder)
     pinned = {"url": found.url, "sha256": "0" * 64}
-    says = rf"alignment_encoder is .*{found.sha256[:12]}, and the driver saw 0{{12}}: put that"
+    found_it = rf"and that of .* is {found.sha256[:12]}: put that"
+    says = rf"alignment_encoder is .*of sha256 0{{12}}, {found_it}"
     with pytest.raises(ConfigError, match=says):
         scoring.alignment_encoders(wanted, pinned, CPU)
     with pytest.raises(ConfigError, match=r"alignment_encoder is .*nowhere: there is no such"):

@@ -1,6 +1,5 @@
 """The job encode, from a diffusers folder to a set of latents; on Ray the same bytes."""
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import ray
 import torch
 
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
-from ddpm_ray.assembly.image_encoder_loading import image_encoder
+from ddpm_ray.assembly.set_encoder_loading import set_encoder
 from ddpm_ray.cli.job import DONE, FAILED
 from ddpm_ray.cli.main import main
 from ddpm_ray.config.jobs.encode import EncodeConfig
@@ -28,6 +27,7 @@ from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.runs import encode as encoding
 from ddpm_ray.storage import object_store
 from tests.data.latent_sets import commit
+from tests.fixtures.job_script import result_of
 
 SPEC = AutoencoderSpec(1, 2, 4, (1, 1), 1, 2, middle_attention=False)
 
@@ -60,12 +60,7 @@ def test_one_shard_is_encoded_here_and_then_found(
 ) -> None:
     source, threads = digits(tmp_path / "digits"), torch.get_num_threads()
     words = [autoencoder, source.url, str(tmp_path / "set"), "batch_size=256", "flipped=true"]
-    results = []
-    for _ in range(2):
-        assert main(JOB, words) == DONE
-        printed = capsys.readouterr()
-        results.append(json.loads(printed.out.splitlines()[-1]))
-    first, again = results
+    (first, _), (again, err) = (result_of(JOB, words, capsys) for _ in range(2))
     assert not ray.is_initialized()
     assert torch.get_num_threads() == threads
     assert (first["samples"], first["encoded"], again["encoded"]) == (1797, 1797, 0)
@@ -76,7 +71,7 @@ def test_one_shard_is_encoded_here_and_then_found(
     }
     assert (first["latent_shape"], first["views"]) == ([2, 4, 4], ["plain", "flipped"])
     assert 0 <= first["preview_r_squared"] <= 1
-    assert "encoded: 1797 samples, plain and flipped, images 8x8x1, latents 2x4x4" in printed.err
+    assert "encoded: 1797 samples, plain and flipped, images 8x8x1, latents 2x4x4" in err
     dataset = open_dataset(first["destination"])
     codec = LatentCodec.of(dataset.manifest).bound(trained_autoencoder(autoencoder))
     (stored,), (images,) = read_images(dataset, [0]), read_images(source, [0])
@@ -137,7 +132,7 @@ def test_actors_write_what_one_process_writes(
     source = digits(tmp_path / "digits", shards=5)
     config = EncodeConfig(batch_size=100)
     model = autoencoder if codec == "latents" else contrastive_run(tmp_path / "run", source)
-    loaded = image_encoder(model)
+    loaded = set_encoder(model)
     plan = encoded_packer.make_encoding_plan(source, str(tmp_path / "here"), loaded, config)
     with encoding.reproducible("cpu"):
         encoded = [encoded_packer.encode_shard(plan, n, loaded) for n in range(plan.shards)]

@@ -22,6 +22,7 @@ from ddpm_ray.runs import encode as encoding
 from ddpm_ray.runs.run_tokenizer import write_tokenizer
 from tests.data.captioned_sets import write_captioned
 from tests.data.latent_sets import commit
+from tests.fixtures.job_script import result_of
 from tests.noise import pack_noise
 from tests.runs.test_contrastive_scores import CAPTIONS, begun, config_on
 from tests.runs.test_encode import files
@@ -47,12 +48,7 @@ def test_embeddings_are_those_of_the_trained_encoders(
     model: str, source: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [model, source.url, str(tmp_path / "set"), "batch_size=3"]
-    results = []
-    for _ in range(2):
-        assert main(JOB, words) == DONE
-        printed = capsys.readouterr()
-        results.append(json.loads(printed.out.splitlines()[-1]))
-    first, again = results
+    (first, _), (again, err) = (result_of(JOB, words, capsys) for _ in range(2))
     assert not ray.is_initialized()
     assert (first["samples"], first["encoded"], again["encoded"]) == (7, 7, 0)
     encoders, dataset = trained_encoders(model), open_dataset(first["destination"])
@@ -75,8 +71,8 @@ def test_embeddings_are_those_of_the_trained_encoders(
     record = read_encoding(dataset)
     assert record is not None
     assert (record.network, record.options) == (encoders.url, {"batch_size": 3})
-    assert "embeddings: root mean square length 1; length of their mean" in printed.err
-    assert "encoded: 7 samples, images 4x4x1, embeddings of width 6" in printed.err
+    assert "embeddings: root mean square length 1; length of their mean" in err
+    assert "encoded: 7 samples, images 4x4x1, embeddings of width 6" in err
     assert list(read_captions(dataset, [0])) == list(map(tuple, CAPTIONS))
     tokens = [
         write_tokenizer(url, TokenizeConfig(vocabulary=280), str(tmp_path / f"{n}.json"))["sha256"]

@@ -14,7 +14,7 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.dataset import Dataset, DatasetError, UInt8s
 from ddpm_ray.data.embedding_sums import embedding_sums
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.data.packing.encoded_packer import (
+from ddpm_ray.data.packing.set_encoder import (
     EncodedBatch,
     EncodedImages,
     EncodingNetwork,

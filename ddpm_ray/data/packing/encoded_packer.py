@@ -3,20 +3,18 @@
 Encoded shard n holds the samples of pixel shard n, encoded in batches that begin at its first
 sample, so its bytes do not depend on which task encodes it. As in packer.py, each finished shard
 has a part file, and the manifest is written last. What differs between codecs is in a
-SetEncoder: latent_encoder.py, embedding_encoder.py.
+SetEncoder (set_encoder.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
 from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.core_clock import core_clock
@@ -26,7 +24,6 @@ from ddpm_ray.data.dataset import MANIFEST, Dataset, DatasetError, UInt8s, open_
 from ddpm_ray.data.encoding_record import EncodingCost, EncodingRecord
 from ddpm_ray.data.image_decoders import ImageDecoders
 from ddpm_ray.data.latent_preview import Gram, add_grams, fit_preview
-from ddpm_ray.data.latent_sums import Float16s
 from ddpm_ray.data.manifest import (
     ENCODED_BY,
     EmbeddingShardRow,
@@ -37,84 +34,17 @@ from ddpm_ray.data.manifest import (
 )
 from ddpm_ray.data.packing import pack_report
 from ddpm_ray.data.packing.part_files import PartFiles
+from ddpm_ray.data.packing.set_encoder import EncodedBatch, SetEncoder, UnencodableError
 from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.data.shard_samples import gather
-from ddpm_ray.data.shards import Latents, Shard, fetch_shard
+from ddpm_ray.data.shards import Shard, fetch_shard
 from ddpm_ray.redaction import redacted
 from ddpm_ray.storage import object_store
 
-EncodedBatch: TypeAlias = tuple[Float16s, ...]  # arrays [B, ...]: mean and log variance, or one
 ROWS: Mapping[CodecName, type[LatentShardRow | EmbeddingShardRow]] = {
     "latents": LatentShardRow,
     "embeddings": EmbeddingShardRow,
 }
-
-
-class EncodingNetwork(Protocol):
-    """A trained network that encodes images, as TrainedAutoencoder and TrainedEncoders."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The network itself."""
-        ...
-
-    @property
-    def core_seconds(self) -> float | None:
-        """Core-seconds of its training; None: unknown."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its weights."""
-        ...
-
-    @property
-    def url(self) -> str:
-        """URL of its checkpoint or folder."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """sha256 of its weights."""
-        ...
-
-
-class UnencodableError(ValueError):
-    """An image of a batch that cannot be stored; args are (row, problem, remedy)."""
-
-
-class EncodedImages(NamedTuple):
-    """The images of a shard as they are stored, with their sums."""
-
-    samples: Latents | Float16s
-    sums: Mapping[str, list[int]]  # columns of the index
-    gram: Gram | None = None  # for the preview of latents
-
-
-class SetEncoder(Protocol):
-    """A network with the codec of the sets that it makes."""
-
-    codec: ClassVar[CodecName]
-
-    @property
-    def network(self) -> EncodingNetwork:
-        """The network."""
-        ...
-
-    def recipe_fields(self, source: Dataset, options: EncodeConfig) -> dict[str, Any]:
-        """Return the fields of a recipe that only this codec has.
-
-        Raises DatasetError if the images cannot be encoded, and ConfigError for options.
-        """
-        ...
-
-    def encode(self, images: UInt8s) -> EncodedBatch:
-        """Encode images [B, H, W, C]. Raises UnencodableError."""
-        ...
-
-    def join(self, views: Sequence[EncodedBatch], images: UInt8s) -> EncodedImages:
-        """Return the samples of the images [n, H, W, C] from their views, as `encode` gave them."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -165,13 +95,6 @@ def make_encoding_plan(
     )
     known = network.url, options.batch_size, network.core_seconds
     return EncodePlan(source, destination, recipe, *known)
-
-
-def require_images(source: Dataset) -> None:
-    """Raise DatasetError if the data set holds encoded images."""
-    if source.manifest.codec != "pixels":
-        problem = f"the data set holds {source.manifest.codec}, not images"
-        raise DatasetError(source.url, problem, "name the images that they were encoded from")
 
 
 def find_finished_set(plan: EncodePlan) -> Dataset | None:

@@ -13,7 +13,7 @@ from ddpm_ray.data.dataset import Dataset, DatasetError, UInt8s
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_preview import gram_of
 from ddpm_ray.data.latent_sums import LOG_VARIANCES, latent_sums
-from ddpm_ray.data.packing.encoded_packer import (
+from ddpm_ray.data.packing.set_encoder import (
     EncodedBatch,
     EncodedImages,
     EncodingNetwork,

@@ -12,7 +12,7 @@ from ddpm_ray.data.packing.latent_encoder import LatentEncoder
 from ddpm_ray.models.interop import autoencoder_kl
 
 
-def image_encoder(
+def set_encoder(
     url: str, device: torch.device | str | None = "cpu"
 ) -> LatentEncoder | EmbeddingEncoder:
     """Load the autoencoder, or the image and text encoder, at `url`.
