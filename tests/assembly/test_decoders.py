@@ -120,6 +120,26 @@ def test_variations_are_drawn_from_the_embeddings_of_their_images() -> None:
         without.variations(images)
 
 
+def test_variations_have_no_text_unless_the_call_has_one() -> None:
+    """The model's own prompts describe other images."""
+    tokenizer, seen = Tokenizer.trained(["a", "b"], 280, 4), []
+
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.tokens is not None
+        seen.append([tokenizer.decode(row.tolist()) for row in conditioning.tokens])
+        return x_t
+
+    takes = ConditioningSpec(tokenizer=tokenizer, image_encoder=ENCODER)
+    of = Denoiser(network, Parameterization.of("epsilon", SCHEDULE), takes=takes)
+    model = TrainedModel(of, ImageShape(2, 2, 1), provenance={}).with_settings(prompts=["a"])
+    images = np.zeros((2, 2, 2, 1), np.uint8)
+    model.variations(images, steps=2)
+    assert set(map(tuple, seen)) == {("", "")}
+    seen.clear()
+    model.variations(images, steps=2, prompts=["b", "a"])
+    assert set(map(tuple, seen)) == {("b", "a")}
+
+
 def test_each_image_has_its_embedding_after_its_flip_and_dropouts_are_independent() -> None:
     tokenizer = Tokenizer.trained(["a", "b"], 280, 4)
     takes = ConditioningSpec(tokenizer=tokenizer, image_encoder=ENCODER)
@@ -161,6 +181,8 @@ def test_each_image_has_its_embedding_after_its_flip_and_dropouts_are_independen
     assert none.any(1).all()
 
 
+WITH_TEXT = "text.encoder=transformer"
+GUIDED = "sampling.guidance_scale=2"
 TEXT = TextEncoderSpec(300, 1, (0, 1, 1), width=8, depth=1, heads=2)
 UNET = UNetSpec(1, 4, (1, 2), 1, (2,), groups=2)
 DIT = DiTSpec((4, 4), 1, 2, 1, 8, 2)
@@ -199,7 +221,8 @@ def test_a_network_continues_with_embeddings_where_it_was_without() -> None:
     """Before it is trained further, an embedding changes nothing: its projection is 0."""
     torch.manual_seed(0)
     before, after = UNet(UNET), UNet(replace(UNET, embedding_width=6))
-    torch.nn.init.normal_(before.conv_out.weight)
+    for one in before.parameters():  # an untrained network does not depend on t's embedding
+        torch.nn.init.normal_(one, std=0.3)
     after.load_state_dict(after.state_dict() | before.state_dict())
     x, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 9])
     embedding = torch.nn.functional.normalize(torch.randn(2, 6), dim=1)
@@ -219,8 +242,21 @@ def test_a_network_continues_with_embeddings_where_it_was_without() -> None:
             "a network is given labels or embeddings: leave one out",
         ),
         (
-            ("embedding.encoder=x", "embedding.dropout=0", "sampling.guidance_scale=2"),
+            ("embedding.encoder=x", "embedding.dropout=0", GUIDED),
             r"without its embedding \(embedding.dropout\); neither may be 0",
+        ),
+        (
+            (WITH_TEXT, "embedding.encoder=x", "embedding.dropout=0", GUIDED),
+            r"without its text \(objective.label_dropout\) and its embedding",
+        ),
+        (
+            (
+                "text.encoder=transformer",
+                "embedding.encoder=x",
+                "objective.label_dropout=0",
+                GUIDED,
+            ),
+            r"without its text \(objective.label_dropout\) and its embedding",
         ),
         (("embedding.dropout=0.5",), "embedding.dropout is 0.5, which nothing uses without"),
         (("embedding.encoder=x", "embedding.dropout=1.5"), "embedding.dropout is 1.5"),
