@@ -16,7 +16,15 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import inversion
 from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling.array_arguments import require_text
-from ddpm_ray.sampling.drawing_model import Count, DrawingModel, NumImages, embedded, fields_of
+from ddpm_ray.sampling.drawing_model import (
+    Count,
+    DrawingModel,
+    Index,
+    NumImages,
+    embedded,
+    fields_of,
+    in_turn,
+)
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.prior import CANDIDATES, TrainedPrior
 from ddpm_ray.sampling.sampling import Images
@@ -44,11 +52,14 @@ class Cascade(DrawingModel):
         self,
         num_images: NumImages,
         *,
+        first: Index = 0,
         candidates: int | None = None,
         on_step: OnStep | None = None,
         **settings: Any,
     ) -> Images:
         """Draw uint8 images [num_images, H, W, C] of `prompts`, of the size of the last stage.
+
+        Their numbers are `first` and those after it; image i has prompt i % n.
 
         The prior draws `candidates` embeddings for each image and takes the nearest to the prompt;
         None: as many as the cascade was made with.
@@ -63,8 +74,10 @@ class Cascade(DrawingModel):
             raise ValueError("prompts is empty; a cascade draws images of texts: give one or more")
         self._plan(chosen)  # raises for settings that are not supported, before the prior draws
         seed = stage_seed(chosen.seed, PRIOR_STAGE)
-        embeddings = self.prior.embeddings(chosen.prompts, num_images, seed, each)
-        return self._decoded(embeddings, chosen, on_step)
+        embeddings = self.prior.embeddings(
+            chosen.prompts, range(first, first + num_images), seed, each
+        )
+        return self._decoded(embeddings, chosen, first, on_step)
 
     @checks_arguments
     def variations(self, images: Images, *, per_image: Count = 1, **settings: Any) -> Images:
@@ -98,7 +111,8 @@ class Cascade(DrawingModel):
         chosen = replace(self._chosen(settings), prompts=())
         seed = stage_seed(chosen.seed, PRIOR_STAGE)
         start, end = (
-            self.prior.embeddings([text], 1, seed, self.candidates) for text in (first, second)
+            self.prior.embeddings([text], range(1), seed, self.candidates)
+            for text in (first, second)
         )
         shares = torch.linspace(0, 1, num_images, dtype=torch.float64).tolist()
         between = (F.normalize(inversion.interpolate(start, end, share), dim=1) for share in shares)
@@ -114,10 +128,14 @@ class Cascade(DrawingModel):
         return replace(super()._sampled_model(guided_by_model), takes_text=True)
 
     def _decoded(
-        self, embeddings: Tensor, chosen: SamplingSettings, on_step: OnStep | None = None
+        self,
+        embeddings: Tensor,
+        chosen: SamplingSettings,
+        first: int = 0,
+        on_step: OnStep | None = None,
     ) -> Images:
-        """Images of the embeddings [N, D], by the decoder and the upsamplers."""
-        decoder = replace(self.denoiser, embeddings=embeddings)
+        """Images `first`, first + 1, ... of the embeddings [N, D], by decoder and upsamplers."""
+        decoder = replace(self.denoiser, embeddings=in_turn(embeddings, first))
         takes_text = decoder.takes.tokenizer is not None
         if chosen.negative_prompt and not takes_text:
             raise ValueError(
@@ -126,13 +144,15 @@ class Cascade(DrawingModel):
         drawn = chosen if takes_text else replace(chosen, prompts=(), negative_prompt="")
         model = DrawingModel(**fields_of(self))
         images = replace(model, denoiser=decoder, settings=drawn).sample(
-            len(embeddings), on_step=on_step
+            len(embeddings), first=first, on_step=on_step
         )
         for stage, upsampler in enumerate(self.upsamplers, start=1):
             text: dict[str, Any] = {}
             if upsampler.denoiser.takes.tokenizer is not None and chosen.prompts:
                 text = {"prompts": chosen.prompts}
-            images = upsampler.enlarge(images, seed=stage_seed(chosen.seed, stage), **text)
+            images = upsampler.enlarge(
+                images, first=first, seed=stage_seed(chosen.seed, stage), **text
+            )
         return images
 
 

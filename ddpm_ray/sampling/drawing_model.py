@@ -24,6 +24,7 @@ from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8, samplin
 
 Count: TypeAlias = Annotated[int, limits(at_least=1)]
 NumImages: TypeAlias = Annotated[int, limits(at_least=1, at_most=MOST_IMAGES)]
+Index: TypeAlias = Annotated[int, limits(at_least=0, at_most=MOST_IMAGES - 1)]
 
 
 def _unknown() -> None:
@@ -89,10 +90,16 @@ class DrawingModel:
 
     @checks_arguments
     def sample(
-        self, num_images: NumImages, *, on_step: OnStep | None = None, **settings: Any
+        self,
+        num_images: NumImages,
+        *,
+        first: Index = 0,
+        on_step: OnStep | None = None,
+        **settings: Any,
     ) -> Images:
         """Draw uint8 images [num_images, H, W, C] with the run's settings.
 
+        Their numbers are `first` and those after it, so that several calls draw parts of a set.
         Each batch takes about `settings.steps` network calls, 1,000 for many runs; fewer `steps`
         with a sampler such as unipc are an order of magnitude faster. `on_step(t, x_t,
         x_0_estimate)` is called at each step of each batch and must copy tensors that it keeps;
@@ -102,7 +109,7 @@ class DrawingModel:
             raise ValueError(f"on_step is {shown(on_step)}; give a function of (t, x_t, x_0)")
         chosen = self._chosen(settings)
         plan, shape = self._plan(chosen), self.image_shape
-        indices = range(num_images)
+        indices = range(first, first + num_images)
         return draw_uint8(
             self.denoiser, plan, indices, shape, self.device, chosen.batch_size, on_step
         )
@@ -168,6 +175,11 @@ class DrawingModel:
 def fields_of(model: DrawingModel) -> dict[str, Any]:
     """The fields that every drawing model has, by name."""
     return {name: getattr(model, name) for name in DrawingModel.__dataclass_fields__}
+
+
+def in_turn(rows: Tensor, first: int) -> Tensor:
+    """Shift the rows [N, ...] of inputs so that image first + j has row j: image i has i % N."""
+    return rows.roll(first % len(rows), 0)
 
 
 def embedded(model: DrawingModel, images: Images, per_image: int) -> Tensor:

@@ -13,11 +13,10 @@ from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
 from ddpm_ray.data.low_resolution import enlarged
 from ddpm_ray.sampling import canvas, editing
 from ddpm_ray.sampling.array_arguments import as_images, as_low_resolution, as_mask, require_text
-from ddpm_ray.sampling.drawing_model import Count, DrawingModel, embedded
+from ddpm_ray.sampling.drawing_model import Count, DrawingModel, Index, embedded, in_turn
 from ddpm_ray.sampling.editing import Edit, Mask, Painting
 from ddpm_ray.sampling.sampling import Images
 
-Index: TypeAlias = Annotated[int, limits(at_least=0, at_most=MOST_IMAGES - 1)]
 Margin: TypeAlias = Annotated[int, limits(at_least=0, at_most=MOST_MARGIN)]  # pixels
 Share: TypeAlias = Annotated[float, limits(above=0, at_most=1)]
 
@@ -114,8 +113,10 @@ class TrainedModel(DrawingModel):
 
         return self._edited(edit, images, chosen.batch_size)
 
-    def enlarge(self, images: Images, **settings: Any) -> Images:
+    def enlarge(self, images: Images, *, first: Index = 0, **settings: Any) -> Images:
         """Upscale `images` [N, h, w, C] to the model's size; returns uint8 [N, H, W, C].
+
+        The noise of image j is that of number first + j.
 
         For models trained for super-resolution (Saharia et al. 2021, arXiv:2104.07636), such as
         the last stage of a cascade (Ho et al. 2022, arXiv:2106.15282).
@@ -123,8 +124,9 @@ class TrainedModel(DrawingModel):
         pixels = self.denoiser.takes.low_resolution_pixels
         found = as_low_resolution(images, self.image_shape, pixels)
         small = self.denoiser.codec.encode(torch.from_numpy(found).to(self.device))
-        denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, self.image_size))
-        return replace(self, denoiser=denoiser).sample(len(found), **settings)
+        large = in_turn(enlarged(small, self.image_size), first)
+        denoiser = replace(self.denoiser, low_resolution_images=large)
+        return replace(self, denoiser=denoiser).sample(len(found), first=first, **settings)
 
     @checks_arguments
     def variations(self, images: Images, *, per_image: Count = 1, **settings: Any) -> Images:

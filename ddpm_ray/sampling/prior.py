@@ -44,32 +44,33 @@ class TrainedPrior:
         where, step = self.provenance["checkpoint"], self.provenance["step"]
         return f"TrainedPrior({where}, step {step}, width {self.codec.width})"
 
-    def draw(self, prompts: Sequence[str], count: int, seed: int) -> Tensor:
-        """Draw `count` embeddings float32 [count, D], of any length; number i has prompt i % n.
+    def draw(self, prompts: Sequence[str], indices: range, seed: int) -> Tensor:
+        """Draw the embeddings `indices`: float32 [N, D], of any length; i has prompt i % n.
 
-        Number i is a function of (seed, i, its prompt). Raises ValueError for no prompt.
+        Embedding i is a function of (seed, i, its prompt). Raises ValueError for no prompt.
         """
         if not prompts:
             raise ValueError("prompts is empty; a prior draws the embedding that fits a text")
         settings = replace(self.settings, prompts=tuple(prompts), seed=seed)
         plan = sampling_plan(settings, self.denoiser.schedule)
-        parts = torch.split(torch.arange(count), self.settings.batch_size)
+        parts = torch.split(torch.tensor(indices), self.settings.batch_size)
         found = [draw(self.denoiser, plan, part, NO_IMAGE, self.device) for part in parts]
         return self.codec.embeddings(torch.cat(found))
 
     def embeddings(
-        self, prompts: Sequence[str], count: int, seed: int, candidates: int = CANDIDATES
+        self, prompts: Sequence[str], indices: range, seed: int, candidates: int = CANDIDATES
     ) -> Tensor:
-        """Draw `count` embeddings [count, D] of length 1: the best of `candidates` for each.
+        """Draw the embeddings `indices`, [N, D] of length 1: each the best of its `candidates`.
 
-        The best has the largest dot product with the embedding of its prompt. (Section 2.2.)
+        Embedding i has prompt i % n. The best has the largest dot product with the embedding of its
+        prompt. (Section 2.2.)
         """
-        each = [prompts[i % len(prompts)] for i in range(count)] if prompts else []
-        texts = self.texts.text_embeddings(each) if candidates > 1 and each else None
-        repeated = [prompt for prompt in each for _ in range(candidates)]
-        drawn = self.draw(repeated, count * candidates, seed)
-        drawn = F.normalize(drawn, dim=1).reshape(count, candidates, -1)
-        if texts is None:
+        repeated = [prompt for prompt in prompts for _ in range(candidates)]
+        numbers = range(indices.start * candidates, indices.stop * candidates)
+        drawn = F.normalize(self.draw(repeated, numbers, seed), dim=1)
+        drawn = drawn.reshape(len(indices), candidates, -1)
+        if candidates == 1:
             return drawn[:, 0]
+        texts = self.texts.text_embeddings([prompts[i % len(prompts)] for i in indices])
         near = torch.einsum("ncd,nd->nc", drawn, texts.to(drawn))
-        return drawn[torch.arange(count), near.argmax(1)]
+        return drawn[torch.arange(len(indices)), near.argmax(1)]

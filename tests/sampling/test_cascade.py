@@ -88,7 +88,7 @@ def test_embeddings_have_the_conditional_mean_and_covariance() -> None:
     right distribution. So a prior is scored by moments.
     """
     count = 2000
-    drawn = exact_prior().draw(PROMPTS, 2 * count, seed=3).double()
+    drawn = exact_prior().draw(PROMPTS, range(2 * count), seed=3).double()
     for prompt in (0, 1):
         of = drawn[prompt::2]
         mean, covariance = A @ Z_TEXT[prompt], B @ B.T
@@ -107,8 +107,8 @@ def test_embeddings_have_the_conditional_mean_and_covariance() -> None:
 class FixedPrior(TrainedPrior):
     """A prior that draws what it is given."""
 
-    def draw(self, prompts: Sequence[str], count: int, seed: int) -> Tensor:
-        return DRAWN[:count]
+    def draw(self, prompts: Sequence[str], indices: range, seed: int) -> Tensor:
+        return DRAWN[indices.start : indices.stop]
 
 
 DRAWN = F.normalize(
@@ -123,11 +123,11 @@ def test_the_best_of_two_is_nearer_to_its_text_by_sd_over_root_pi() -> None:
     plain, text, count = exact_prior(), Z_TEXT[0].float(), len(DRAWN) // 2
     prior = FixedPrior(plain.denoiser, CODEC, Texts(), {})
     dots = (DRAWN @ text).double()
-    best = prior.embeddings(["left"], count, 0) @ text
+    best = prior.embeddings(["left"], range(count), 0) @ text
     lift, expected = best.double().mean() - dots.mean(), dots.std() / math.sqrt(math.pi)
     assert abs(lift - expected) < 5 * dots.std() / math.sqrt(count)
     torch.testing.assert_close(best, dots.float().reshape(-1, 2).amax(1))
-    one = prior.embeddings(["left"], count, 0, candidates=1)
+    one = prior.embeddings(["left"], range(count), 0, candidates=1)
     torch.testing.assert_close(one, DRAWN[:count])
 
 
@@ -173,10 +173,12 @@ def cascade(**settings: Any) -> Cascade:
 
 
 def test_each_image_is_a_function_of_the_seed_and_its_number() -> None:
-    """In batches of any size, and with fewer images: as other workers would draw it."""
+    """In batches of any size, and in parts: as several workers draw it."""
     whole = cascade().sample(5, prompts=PROMPTS, seed=4)
     assert whole.shape == (5, 4, 6, 1)
-    np.testing.assert_array_equal(cascade().sample(3, prompts=PROMPTS, seed=4), whole[:3])
+    for part in (range(3), range(2, 5), range(4, 5)):
+        some = cascade().sample(len(part), first=part.start, prompts=PROMPTS, seed=4)
+        np.testing.assert_array_equal(some, whole[part.start : part.stop])
     small = cascade(batch_size=2)
     prior = replace(small.prior, settings=replace(small.prior.settings, batch_size=3))
     parted = replace(small, prior=prior).sample(5, prompts=PROMPTS, seed=4)
@@ -194,7 +196,7 @@ def test_stages_draw_from_their_own_seeds() -> None:
 
 def test_the_images_are_those_of_the_priors_embeddings() -> None:
     of, prompts = cascade(), ["right", "left"]
-    embeddings = of.prior.embeddings(prompts, 4, stage_seed(7, 0), candidates=3)
+    embeddings = of.prior.embeddings(prompts, range(4), stage_seed(7, 0), candidates=3)
     drawn = of.sample(4, prompts=prompts, seed=7, candidates=3)
     columns = PIXELS.encode(torch.from_numpy(drawn)).mean(2)[:, 0]  # two of each component
     components = columns.reshape(4, WIDTH, 2).mean(2)
@@ -238,4 +240,4 @@ def test_what_a_cascade_cannot_draw_is_refused() -> None:
     with pytest.raises(ValueError, match="the texts of interpolate are first and second"):
         of.interpolate("left", "right", prompts=["left"])
     with pytest.raises(ValueError, match="prompts is empty; a prior draws the embedding"):
-        of.prior.draw([], 2, 0)
+        of.prior.draw([], range(2), 0)
