@@ -1,5 +1,7 @@
 """What all tests share: quiet processes, repeatable examples, a bucket, the large assets."""
 
+import tests.fixtures.process_environment  # noqa: F401, I001  # before torch, Ray and MLflow
+
 import contextlib
 import logging
 import os
@@ -21,13 +23,7 @@ from tests.fixtures.mlflow_server import line, mlflow_database, mlflow_server  #
 from tests.fixtures.threaded_workers import on_workers  # noqa: F401
 from tests.limits import ENDS_S
 
-# Before torch, Ray or MLflow load, and inherited by every process that a test starts.
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores, not four
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Ray gives its workers niceness 15: beside the other test process they would hardly run.
-os.environ.setdefault("RAY_worker_niceness", "0")
 mlflow_settings.apply()
-os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # else 8 more processes
 
 # The same examples on each run: a red test is the change's doing; --hypothesis-profile=explore
 # draws new ones. No deadline: the first call of a torch kernel is slow, and machines are shared.

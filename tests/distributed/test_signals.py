@@ -43,8 +43,8 @@ LIMIT_S = ENDS_S
 
 def started(*arguments: str, ignoring: int | None = None) -> subprocess.Popen[str]:
     def ignore() -> None:
-        if ignoring is not None:
-            signal.signal(ignoring, signal.SIG_IGN)
+        for number in SIGNALS:  # the tests may run under nohup, which ignores SIGHUP
+            signal.signal(number, signal.SIG_IGN if number == ignoring else signal.SIG_DFL)
 
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments],
