@@ -43,11 +43,16 @@ def load_cascade(uri: "str | PathLike[str]", device: str | None = None) -> "Casc
     """The prior, decoder and upsamplers in a folder of `ddpm-ray cascade`.
 
     `.sample(8, prompts=[...])`, `.variations(images)` and `.interpolate(first, second)` draw uint8
-    images [N, H, W, C]. `uri` is that folder, as a path or any fsspec URL, and `device` is as in
-    `load`. Raises ValueError for an invalid `uri` or `device`, ConfigError for a folder without a
-    cascade, and CheckpointError or StorageError.
+    images [N, H, W, C]. `uri` is that folder, as a path or any fsspec URL, or the cascade in MLflow
+    (`models:/<name>@<alias>`), and `device` is as in `load`. Raises ValueError for an invalid `uri`
+    or `device`, ConfigError for a folder without a cascade, and CheckpointError, StorageError or
+    TrackingError.
     """
-    where = _text(uri, "a folder that `ddpm-ray cascade` wrote")
+    where = _text(uri, "a folder that `ddpm-ray cascade` wrote, or models:/<name>@<alias>")
+    if where.startswith(("runs:/", "models:/")):
+        from ddpm_ray.runs.load_model import cascade_of_uri
+
+        return cascade_of_uri(where, device)
     from ddpm_ray.assembly.cascades import trained_cascade
 
     return trained_cascade(where, device)

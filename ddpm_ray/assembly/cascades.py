@@ -2,21 +2,25 @@
 
 <folder>/cascade.json    {"prior": part, "decoder": part, "upsamplers": [part, ...],
                               "candidates": embeddings per image},
-each part {"url": of a checkpoint, "sha256": of its EMA weights}
+each part {"url": of a checkpoint, "sha256": of its EMA weights}; a URL may be relative to the
+folder, which then holds a copy of that model (portable_models.py).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
 from ddpm_ray.assembly.checkpoint_loading import CASCADE, trained_model
 from ddpm_ray.assembly.image_encoders import NamedImageEncoder
 from ddpm_ray.assembly.newest_checkpoint import usable_device
+from ddpm_ray.assembly.portable_models import copy_model
 from ddpm_ray.assembly.prior_loading import trained_prior
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.low_resolution import low_resolution_size
@@ -26,6 +30,10 @@ from ddpm_ray.sampling.drawing_model import fields_of
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.training.checkpoint_folder import CheckpointError
+
+log = logging.getLogger(__name__)
+
+Parts: TypeAlias = dict[str, Any]  # the value of cascade.json
 
 FORMAT = 1
 IDENTITY = "run.json"  # of a run (runs/run_identity.py)
@@ -38,29 +46,64 @@ def is_cascade(url: str) -> bool:
 
 def decoder_url(url: str) -> str:
     """The URL of the decoder, if a cascade is at `url`; else `url`. Raises StorageError."""
-    return str(_parts(url)["decoder"]["url"]) if is_cascade(url) else url
+    return _place(url, _parts(url)["decoder"]) if is_cascade(url) else url
 
 
-def write_cascade(
-    folder: str, prior: str, decoder: str, upsamplers: Sequence[str], candidates: int
-) -> dict[str, Any]:
-    """Write the cascade of these models to `folder`, once they load and fit; return its parts.
+def joined(
+    prior: str, decoder: str, upsamplers: Sequence[str], candidates: int
+) -> tuple[Cascade, Parts]:
+    """Load these models as a cascade; return it and its parts, as cascade.json holds them.
 
     The models are URLs of runs, whose newest checkpoints are taken, or of checkpoints;
     `candidates` are the embeddings that the prior draws for each image. Raises ConfigError for
     models that do not fit together, and what loading them raises.
     """
-    if object_store.exists(object_store.join(folder, IDENTITY)):
-        raise ConfigError(f"--out is {folder}, which holds a run: name another folder")
     models = _loaded({"prior": prior, "decoder": decoder, "upsamplers": list(upsamplers)}, "cpu")
     parts = {
         "prior": _part(models.prior.provenance),
         "decoder": _part(models.provenance),
         "upsamplers": [_part(one.provenance) for one in models.upsamplers],
     }
-    held = {**parts, "candidates": candidates}
-    checksummed_json.write(object_store.join(folder, CASCADE), held, FORMAT)
-    return held
+    return replace(models, candidates=candidates), {**parts, "candidates": candidates}
+
+
+def write_cascade(folder: str, parts: Parts) -> None:
+    """Write cascade.json to `folder`; a warning names a cascade that it replaces.
+
+    Raises ConfigError for the folder of a run, and StorageError.
+    """
+    if object_store.exists(object_store.join(folder, IDENTITY)):
+        raise ConfigError(f"--out is {folder}, which holds a run: name another folder")
+    if is_cascade(folder) and (replaced := _parts(folder)) != parts:
+        was = redacted(replaced["decoder"]["url"])
+        log.warning("%s held another cascade, with the decoder %s: replaced", folder, was)
+    checksummed_json.write(object_store.join(folder, CASCADE), parts, FORMAT)
+
+
+def write_copies(folder: Path, parts: Parts) -> Parts:
+    """Copy the models of `parts` to the local `folder`, with their encoders, and cascade.json.
+
+    The folder can be moved as a whole. Returns the parts with places in it. Raises ConfigError if
+    an encoder has moved or changed, CheckpointError and StorageError.
+    """
+
+    def copied(part: dict[str, str], name: str) -> dict[str, str]:
+        if missing := copy_model(part["url"], folder / name):
+            remedy = "put that encoder back"
+            raise ConfigError(
+                f"{name} is {part['url']}, which cannot be copied: {missing[0]}: {remedy}"
+            )
+        return part | {"url": name}
+
+    upsamplers = enumerate(parts["upsamplers"], start=1)
+    own = {
+        "prior": copied(parts["prior"], "prior"),
+        "decoder": copied(parts["decoder"], "decoder"),
+        "upsamplers": [copied(part, f"upsampler-{number}") for number, part in upsamplers],
+        "candidates": parts["candidates"],
+    }
+    write_cascade(str(folder), own)
+    return own
 
 
 def trained_cascade(url: str, device: torch.device | str | None = "cpu") -> Cascade:
@@ -73,9 +116,9 @@ def trained_cascade(url: str, device: torch.device | str | None = "cpu") -> Casc
         raise ConfigError(f"{url} holds no {CASCADE}: make a cascade with `ddpm-ray cascade`")
     parts = _parts(url)
     models = {
-        "prior": parts["prior"]["url"],
-        "decoder": parts["decoder"]["url"],
-        "upsamplers": [one["url"] for one in parts["upsamplers"]],
+        "prior": _place(url, parts["prior"]),
+        "decoder": _place(url, parts["decoder"]),
+        "upsamplers": [_place(url, one) for one in parts["upsamplers"]],
     }
     try:
         found = _loaded(models, device)
@@ -97,6 +140,12 @@ def _parts(url: str) -> dict[str, Any]:
     """The parts of the cascade at `url`. Raises StorageError."""
     held: dict[str, Any] = checksummed_json.read(object_store.join(url, CASCADE), FORMAT)
     return held
+
+
+def _place(folder: str, part: Mapping[str, str]) -> str:
+    """The URL of a part of the cascade in `folder`."""
+    url = part["url"]
+    return url if "://" in url or url.startswith("/") else object_store.join(folder, url)
 
 
 def _part(provenance: Mapping[str, Any]) -> dict[str, Any]:

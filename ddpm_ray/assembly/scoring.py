@@ -62,18 +62,18 @@ def held_out(
 
 
 def alignment_checkpoint(
-    config: EvaluationConfig, of: RunConfig, prompts: Sequence[str], dataset: Dataset
+    config: EvaluationConfig, draws_captions: bool, prompts: Sequence[str], dataset: Dataset
 ) -> dict[str, str]:
     """URL and sha256 of the checkpoint that scores alignment, for all workers; {} for none.
 
-    The driver calls it: the encoder's run may train on while workers score. The samples of a model
-    with the config `of` have `prompts`, or if there are none, captions. Raises ConfigError, in one
+    The driver calls it: the encoder's run may train on while workers score. The samples have
+    `prompts`, or if there are none and `draws_captions`, captions. Raises ConfigError, in one
     line, for samples without prompts, and for an encoder that does not load or fit the images.
     """
     if not (config.alignment_encoder and config.num_images):
         return {}
     given, data = _given_alignment(config), reference_data(config, dataset)
-    captions = data.manifest.captioned and of.takes_text and not of.embedding.encoder
+    captions = data.manifest.captioned and draws_captions
     if not (prompts or captions):
         raise ConfigError(
             f"{given}, but the samples have no prompts: set sampling.prompts for a model of texts, "

@@ -179,14 +179,14 @@ class EvaluationConfig:
         found = [f"evaluation.{key}" for key in self.set_of(keys)]
         return f"not used here: {', '.join(found)}; {remedy}" if found else ""
 
-    def problems_of_arithmetic(self, model: str) -> Iterator[str]:
-        """Yield a line for each option of the arithmetic of samples; `model` draws none."""
+    def problems_of_arithmetic(self, reason: str) -> Iterator[str]:
+        """Yield a line with the reason for each option of the arithmetic of samples that is set."""
         for key, value, plain in (
             ("precision", self.precision, "fp32"),
             ("compile", self.compile, "off"),
         ):
             if value != plain:
-                yield f"evaluation.{key} is {value}; {model} draws no samples: leave it out"
+                yield f"evaluation.{key} is {value}; {reason}: leave it out"
 
     def problems(self) -> Iterator[str]:
         """Yield a line for each setting that makes a score meaningless."""

@@ -117,6 +117,11 @@ class RunConfig:
         return self.text.encoder != "none"
 
     @property
+    def draws_captions(self) -> bool:
+        """Whether its samples have captions of the data as prompts, where none are given."""
+        return self.takes_text and not self.embedding.encoder
+
+    @property
     def spare_processes(self) -> int:
         """Processes outside the worker group, each with the resources of a worker."""
         return int(self.evaluation.where == "spare")
@@ -189,7 +194,7 @@ class RunConfig:
                 "training.micro_batch_size to save memory"
             )
         if not traits.draws_images:
-            yield from self.evaluation.problems_of_arithmetic(traits.name)
+            yield from self.evaluation.problems_of_arithmetic(f"{traits.name} draws no samples")
         if self.training.compile != "off" and self.autoencoder.discriminator_from_step:
             # The adversarial weight needs a second backward pass over part of the graph.
             yield (

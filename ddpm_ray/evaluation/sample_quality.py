@@ -11,6 +11,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
@@ -30,7 +31,7 @@ from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_b
 from ddpm_ray.evaluation.reference_statistics import Reference
 from ddpm_ray.redaction import counted
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.sampling import SamplingPlan, draw
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +54,25 @@ class SampleSet:
     # Plain JSON: precision and compilation of the network that draws the samples.
     arithmetic: Mapping[str, Any] = field(default_factory=dict)
     alignment: Alignment | None = None  # with their prompts; None: not scored
+    drawn: Callable[[range], Images] | None = None  # of a cascade, by index; None: by `denoiser`
 
     def images(self, share: range, device: torch.device) -> Batches:
         """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""
+        drawn = self.drawn or self._drawn_on(device)
         for start in range(share.start, share.stop, self.batch_size):
-            index = torch.arange(start, min(start + self.batch_size, share.stop))
-            x_0 = draw(self.denoiser, self.plan, index, self.image_shape, device)
-            yield index, torch.from_numpy(self.denoiser.codec.decode(x_0)).to(device)
+            part = range(start, min(start + self.batch_size, share.stop))
+            yield torch.tensor(part), torch.from_numpy(drawn(part)).to(device)
+
+    def _drawn_on(self, device: torch.device) -> Callable[[range], Images]:
+        size = self.batch_size
+        return partial(
+            draw_uint8,
+            self.denoiser,
+            self.plan,
+            image_shape=self.image_shape,
+            device=device,
+            batch_size=size,
+        )
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@
     python jobs/cascade.py --out FOLDER prior=RUN decoder=RUN "upsamplers=[RUN]"
 
 FOLDER gets cascade.json, which names the newest checkpoint of each run by URL and sha256; the
-models stay where they are. `ddpm-ray sample FOLDER` and `ddpm_ray.load_cascade(FOLDER)` draw from
-it. Prior and decoder must be trained with the same encoder, and each upsampler must enlarge images
-of the size that the model before it draws.
+models stay where they are, unless copies=true. `ddpm-ray sample FOLDER`, `ddpm-ray evaluate FOLDER`
+and `ddpm_ray.load_cascade(FOLDER)` take it; register_as=NAME makes it a model in MLflow, too. Prior
+and decoder must be trained with the same encoder, and each upsampler must enlarge images of the
+size that the model before it draws.
 """
 
 from argparse import Namespace
@@ -34,13 +35,9 @@ def prepare(config: CascadeConfig, arguments: Namespace) -> CascadeConfig:
 
 def join_models(config: CascadeConfig, arguments: Namespace) -> dict[str, Any]:
     """Write the cascade, once its models load and fit; return its folder and its parts."""
-    from ddpm_ray.assembly.cascades import write_cascade  # heavy: after the config is read
+    from ddpm_ray.runs.make_cascade import make_cascade  # heavy: after the config is read
 
-    models = config.prior, config.decoder, config.upsamplers
-    return {
-        "cascade": arguments.out,
-        **write_cascade(arguments.out, *models, config.candidates),
-    }
+    return make_cascade(arguments.out, config, home_folder())
 
 
 ARGUMENTS = (Argument("--out", "folder or fsspec URL to write cascade.json to"),)

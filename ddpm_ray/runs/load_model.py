@@ -19,6 +19,7 @@ from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.loading import Checked, ConfigError
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.sampling import guidance_models
+from ddpm_ray.sampling.cascade import Cascade
 from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import sampling_plan
@@ -52,10 +53,8 @@ def load(
         model = checkpoint_loading.trained_model(
             folder, device, autoencoder=autoencoder, text_model=text_model
         )
-        encoder = model.denoiser.takes.image_encoder
-        if folder != uri and isinstance(encoder, NamedImageEncoder):
-            with suppress(CheckpointError):  # logged without it: then it makes no variations
-                _ = encoder.encoders  # while the downloaded copy is there
+        if folder != uri:
+            _load_image_encoder(model)
     return model
 
 
@@ -65,14 +64,40 @@ def load_to_draw(
     home: Path | None = None,
     autoencoder: str = "",
     text_model: str = "",
+    tracking_uri: str = "",
 ) -> DrawingModel:
-    """Load a model as `load` does, or the cascade in a folder."""
-    if uri.startswith(IN_MLFLOW) or not cascades.is_cascade(uri):
-        return load(uri, device, "", home, autoencoder, text_model)
-    for key, moved in (("autoencoder", autoencoder), ("text_model", text_model)):
-        if moved:
-            raise ConfigError(f"{key} is {moved}, but {uri} holds a cascade: leave it out")
-    return cascades.trained_cascade(uri, device)
+    """Load a model as `load` does, or a cascade from a folder or from MLflow."""
+    device = usable_device(device)
+    with _local(uri, home or Path.cwd(), tracking_uri) as folder:
+        model: DrawingModel
+        if cascades.is_cascade(folder):
+            for key, moved in (("autoencoder", autoencoder), ("text_model", text_model)):
+                if moved:
+                    raise ConfigError(f"{key} is {moved}, but {uri} holds a cascade: leave it out")
+            model = cascades.trained_cascade(folder, device)
+        else:
+            model = checkpoint_loading.trained_model(
+                folder, device, autoencoder=autoencoder, text_model=text_model
+            )
+        if folder != uri:
+            _load_image_encoder(model)
+    return model
+
+
+def cascade_of_uri(uri: str, device: torch.device | str | None = None) -> Cascade:
+    """Load the cascade at `uri` as `load_to_draw` does; raises ConfigError for another model."""
+    model = load_to_draw(uri, device)
+    if not isinstance(model, Cascade):
+        raise ConfigError(f"{uri} holds no cascade: load it with ddpm_ray.load")
+    return model
+
+
+def _load_image_encoder(model: DrawingModel) -> None:
+    """Load the encoder of a model's image embeddings while its downloaded copy is there."""
+    encoder = model.denoiser.takes.image_encoder
+    if isinstance(encoder, NamedImageEncoder):
+        with suppress(CheckpointError):  # logged without it: then it makes no variations
+            _ = encoder.encoders
 
 
 class SamplingJob(Checked, Protocol):

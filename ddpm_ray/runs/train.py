@@ -132,7 +132,7 @@ def run_training(
                 "run the same command once MLflow answers: it sends them and finishes the run",
             )
         tracked = tracked or mlflow_runs.open_run(metadata)
-        if finished and config.traits.draws_images:
+        if finished and (config.traits.draws_images or config.traits.draws_embeddings):
             model_registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.tracking.pyfunc_model")
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"

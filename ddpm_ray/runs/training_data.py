@@ -32,7 +32,7 @@ def checked_data(config: RunConfig) -> tuple[Dataset, dict[str, Any]]:
     latents.codec_of_data(config.data, dataset)
     fingerprints = _fingerprints(config, dataset)
     wanted, prompts = config.evaluation, config.sampling.prompts
-    pinned = scoring.alignment_checkpoint(wanted, config, prompts, dataset)
+    pinned = scoring.alignment_checkpoint(wanted, config.draws_captions, prompts, dataset)
     return dataset, {"fingerprints": fingerprints, "alignment_checkpoint": pinned}
 
 

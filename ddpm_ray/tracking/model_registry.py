@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -15,14 +14,12 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from ddpm_ray.assembly import frozen_text, image_encoders, latents
-from ddpm_ray.redaction import sanitize
-from ddpm_ray.storage import object_store
-from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.assembly.checkpoint_loading import CASCADE
+from ddpm_ray.assembly.portable_models import copy_model
 from ddpm_ray.tracking.mlflow_client import BoundedClient
 from ddpm_ray.tracking.mlflow_runs import TrackingError, answering
 from ddpm_ray.tracking.run_info import TrackedRun
-from ddpm_ray.training.checkpoint_folder import MANIFEST, read_checkpoint, sampling_files
+from ddpm_ray.training.checkpoint_folder import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -45,47 +42,46 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
         if known.outputs and known.outputs.model_outputs:
             return
         folder = Path(scratch) / "checkpoint"
-        for name in sampling_files(checkpoint_url):
-            data = object_store.read_bytes(object_store.join(checkpoint_url, name))
-            object_store.write_bytes(str(folder / name), data)
-        _add_encoders(folder)
-        with mlflow.start_run(run_id=run.run_id):
-            mlflow.pyfunc.log_model(
-                name="model",
-                loader_module=loader_module,
-                data_path=str(folder),
-                pip_requirements=[f"ddpm-ray=={version('ddpm-ray')}"],
-            )
+        for missing in copy_model(checkpoint_url, folder):
+            log.warning("model in MLflow: %s", missing)
+        _log_folder(run, folder, loader_module)
 
 
-def _add_encoders(folder: Path) -> None:
-    """Add to the copy of a checkpoint its autoencoder, image encoder and frozen text encoder."""
-    facts = read_checkpoint(str(folder), groups=()).facts
-    for copy, name, use in (
-        (latents.copy_autoencoder, latents.AUTOENCODER_COPY, "load it with autoencoder=URL"),
-        (image_encoders.copy_image_encoder, image_encoders.ENCODER_COPY, "it makes no variations"),
-        (frozen_text.copy_text_model, frozen_text.TEXT_ENCODER_COPY, "load it with text_model=URL"),
-    ):
-        try:
-            copy(facts, folder)
-        except (ValueError, StorageError) as error:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            log.warning(
-                "%s. The model is logged in MLflow without it: %s", sanitize(str(error)), use
-            )
+def log_cascade(run: TrackedRun, folder: Path, loader_module: str) -> None:
+    """Log the local folder of a cascade with copies of its models as the run's model `model`.
+
+    Does nothing if the run has a model already. Raises TrackingError.
+    """
+    with answering(run.uri):
+        mlflow.set_tracking_uri(run.uri)
+        known = BoundedClient(run.uri).get_run(run.run_id)
+        if not (known.outputs and known.outputs.model_outputs):
+            _log_folder(run, folder, loader_module)
+
+
+def _log_folder(run: TrackedRun, folder: Path, loader_module: str) -> None:
+    with mlflow.start_run(run_id=run.run_id):
+        mlflow.pyfunc.log_model(
+            name="model",
+            loader_module=loader_module,
+            data_path=str(folder),
+            pip_requirements=[f"ddpm-ray=={version('ddpm-ray')}"],
+        )
 
 
 def download_model(uri: str, model_uri: str, destination: Path) -> Path:
-    """Download the MLflow model at runs:/... or models:/...; returns its checkpoint folder."""
+    """Download the MLflow model at runs:/... or models:/...; return its checkpoint or cascade."""
     with answering(uri):
         root = Path(
             mlflow.artifacts.download_artifacts(
                 model_uri, dst_path=str(destination), tracking_uri=uri, registry_uri=uri
             )
         )
-    found = sorted(root.rglob(MANIFEST), key=lambda file: len(file.parts))
+    found = sorted(root.rglob(CASCADE)) or sorted(
+        root.rglob(MANIFEST), key=lambda file: len(file.parts)
+    )
     if not found:
-        remedy = "name a model that `ddpm-ray train` logged"
+        remedy = "name a model that `ddpm-ray train` or `ddpm-ray cascade` logged"
         raise TrackingError(model_uri, "this model has no ddpm_ray checkpoint", remedy)
     return found[0].parent  # deeper in it may be that of its autoencoder
 
@@ -122,14 +118,34 @@ def promote(
                 return unchanged | {"reason": "it is the champion already"}
             if reason := _why_not(own, present.tags):
                 return unchanged | {"reason": reason}
-        logged = client.get_run(run_id).outputs.model_outputs[0].model_id
-        with contextlib.suppress(MlflowException):  # the name exists
-            client.create_registered_model(name)
-        made = client.create_model_version(name, f"models:/{logged}", run_id, own, model_id=logged)
-        version = str(made.version)  # a number from a database, text from a server
-        client.set_registered_model_alias(name, CHAMPION, version)
+        version = _make_champion(client, name, run_id, own)
     reason = "there was none" if present is None else f"it beats version {present.version}"
     return {"name": name, "version": version, "promoted": True, "reason": reason}
+
+
+def register(uri: str, name: str, run_id: str) -> dict[str, Any]:
+    """Make the run's model the `champion` of `name`, without a score; return its version.
+
+    Raises TrackingError.
+    """
+    with answering(uri):
+        mlflow.set_tracking_uri(uri)  # create_model_version ignores the client's URI
+        client = BoundedClient(uri)
+        present = _champion(client, name)
+        if present is not None and present.run_id == run_id:
+            return {"name": name, "version": str(present.version)}
+        return {"name": name, "version": _make_champion(client, name, run_id, {})}
+
+
+def _make_champion(client: BoundedClient, name: str, run_id: str, tags: dict[str, str]) -> str:
+    """Add the run's model to `name` as a version with the alias `champion`; return its number."""
+    logged = client.get_run(run_id).outputs.model_outputs[0].model_id
+    with contextlib.suppress(MlflowException):  # the name exists
+        client.create_registered_model(name)
+    made = client.create_model_version(name, f"models:/{logged}", run_id, tags, model_id=logged)
+    version = str(made.version)  # a number from a database, text from a server
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return version
 
 
 def _champion(client: BoundedClient, name: str) -> ModelVersion | None:

@@ -1,18 +1,20 @@
-"""Loader of a model that was logged in MLflow: from its checkpoint folder to a sampler."""
+"""Loader of a model that was logged in MLflow: from its folder to a sampler."""
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.assembly import checkpoint_loading
-from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.assembly import cascades, checkpoint_loading
+from ddpm_ray.assembly.prior_loading import trained_prior
+from ddpm_ray.sampling.drawing_model import DrawingModel
+from ddpm_ray.sampling.prior import TrainedPrior
 
 
 class ServedModel:
     """Model for mlflow.pyfunc whose `predict` draws samples."""
 
-    def __init__(self, model: TrainedModel) -> None:
+    def __init__(self, model: DrawingModel) -> None:
         self.model = model
 
     def predict(
@@ -36,6 +38,31 @@ class ServedModel:
         return self.model.sample(**wanted, **(params or {}))
 
 
-def _load_pyfunc(path: str) -> ServedModel:
-    """Load the logged folder; called by MLflow."""
+class ServedPrior:
+    """Prior for mlflow.pyfunc whose `predict` draws image embeddings."""
+
+    def __init__(self, prior: TrainedPrior) -> None:
+        self.prior = prior
+
+    def predict(
+        self, model_input: Any, params: dict[str, Any] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Draw an embedding of length 1 for each row of a table with a column `prompt`: [N, D].
+
+        `params` may have `seed` and `candidates`. Raises ValueError for an empty table.
+        """
+        prompts = [str(prompt) for prompt in model_input["prompt"]]
+        wanted: dict[str, Any] = {"seed": 0} | (params or {})
+        found: npt.NDArray[np.float32] = self.prior.embeddings(
+            prompts, range(len(prompts)), **wanted
+        ).numpy()
+        return found
+
+
+def _load_pyfunc(path: str) -> ServedModel | ServedPrior:
+    """Load the logged folder, of a model, a prior or a cascade; called by MLflow."""
+    if cascades.is_cascade(path):
+        return ServedModel(cascades.trained_cascade(path))
+    if checkpoint_loading.run_facts(path)[0].traits.draws_embeddings:
+        return ServedPrior(trained_prior(path))
     return ServedModel(checkpoint_loading.trained_model(path))

@@ -18,6 +18,7 @@ from ddpm_ray.assembly import frozen_text, networks, operations, training_run
 from ddpm_ray.assembly.checkpoint_loading import trained_weights
 from ddpm_ray.assembly.frozen_text import TextModel, text_facts, text_model
 from ddpm_ray.assembly.init_compatibility import learned_anew
+from ddpm_ray.assembly.portable_models import copy_model
 from ddpm_ray.config.jobs.sample import SampleConfig
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -31,7 +32,6 @@ from ddpm_ray.runs.absolute_paths import with_absolute_paths
 from ddpm_ray.runs.run_start import begin_run
 from ddpm_ray.runs.run_text_model import run_text_model
 from ddpm_ray.runs.run_tokenizer import run_tokenizer, text_settings
-from ddpm_ray.tracking import model_registry
 from ddpm_ray.training.checkpoint_folder import CheckpointError, read_checkpoint
 from tests.config.test_task_options import complaints
 from tests.data.captioned_sets import write_captioned
@@ -155,7 +155,7 @@ def test_a_text_encoder_for_a_model_without_a_frozen_one_is_refused(tmp_path: Pa
 
 
 def test_a_copy_for_mlflow_loads_without_the_encoder_s_run(
-    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    dataset: Dataset, tmp_path: Path
 ) -> None:
     encoders = committed_encoders(dataset, tmp_path / "encoders")
     run = committed(
@@ -163,14 +163,12 @@ def test_a_copy_for_mlflow_loads_without_the_encoder_s_run(
     )
     wanted = ddpm_ray.load(run, "cpu").sample(1, prompts=["figs"], steps=2)
     copy, bare = tmp_path / "copy", tmp_path / "bare"
-    for folder in (copy, bare):
-        shutil.copytree(checkpoint_of(run), folder)
-    model_registry._add_encoders(copy)
+    assert not copy_model(str(checkpoint_of(run)), copy)
     encoders.rename(tmp_path / "moved")
     found = ddpm_ray.load(copy, "cpu")
     np.testing.assert_array_equal(found.sample(1, prompts=["figs"], steps=2), wanted)
-    model_registry._add_encoders(bare)
-    assert "The model is logged in MLflow without it: load it with text_model=URL" in caplog.text
+    (missing,) = copy_model(str(checkpoint_of(run)), bare)
+    assert missing.endswith("The copy is without it: load it with text_model=URL")
     assert not (bare / frozen_text.TEXT_ENCODER_COPY).exists()
     weights = next(copy.glob("text_encoder/*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")

@@ -1,6 +1,5 @@
 """Runs with a text encoder of transformers: killed and continued, loaded, copied, refused."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,9 @@ pytest.importorskip("transformers", reason="needs the extra [text]")
 
 import ddpm_ray
 from ddpm_ray.assembly import frozen_text
+from ddpm_ray.assembly.portable_models import copy_model
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.runs.run_text_model import run_text_model
-from ddpm_ray.tracking import model_registry
 from ddpm_ray.training.checkpoint_folder import CheckpointError, read_checkpoint
 from ddpm_ray.training.loop import train_loop
 from tests.config.test_task_options import complaints
@@ -60,8 +59,7 @@ def test_a_killed_run_ends_like_an_unbroken_one_and_holds_no_tensor_of_the_encod
     drawn = ddpm_ray.load(tmp_path / "whole", "cpu").sample(2, prompts=["a cat"], steps=2)
     (checkpoint,) = (tmp_path / "whole/checkpoints").glob("step-00000004*")
     copy = tmp_path / "copy"
-    shutil.copytree(checkpoint, copy)
-    model_registry._add_encoders(copy)
+    assert not copy_model(str(checkpoint), copy)
     folder.rename(tmp_path / "moved")
     found = ddpm_ray.load(copy, "cpu").sample(2, prompts=["a cat"], steps=2)
     np.testing.assert_array_equal(found, drawn)

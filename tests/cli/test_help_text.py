@@ -168,5 +168,5 @@ def test_help_of_an_unknown_key_names_the_nearest(
 
 def test_help_in_a_notebook_shows_types_without_their_limits() -> None:
     text = pydoc.plain(pydoc.render_doc(TrainedModel))
-    assert "sample(self, num_images: int, *, on_step: " in text
+    assert "sample(self, num_images: int, *, first: int = 0, on_step: " in text
     assert "Annotated" not in text

@@ -100,7 +100,7 @@ def test_a_model_is_scored_the_same_by_more_workers_than_images(
     config = EvaluateConfig(data_url=packed(tmp_path / "data", 8), evaluation=wanted)
     config = replace(config, sampling=replace(config.sampling, steps=2))
     here = threading.local()
-    monkeypatch.setattr(load_model, "load", lambda *_, **__: model)
+    monkeypatch.setattr(load_model, "load_to_draw", lambda *_, **__: model)
     monkeypatch.setattr(evaluate_worker, "distributed_context", lambda: here.workers)
 
     def metrics(workers: Workers) -> dict[str, float]:

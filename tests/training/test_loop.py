@@ -672,7 +672,7 @@ def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
         return
     if "prior" in kind:
         priors = [trained_prior(str(folder)) for folder in folders]
-        embedded = [one.draw(["3", "a"], 5, seed=1) for one in priors]
+        embedded = [one.draw(["3", "a"], range(5), seed=1) for one in priors]
         assert embedded[0].shape == (5, 6)
         assert torch.equal(*embedded)
         with pytest.raises(ConfigError, match="holds a prior, which draws no images: draw its"):

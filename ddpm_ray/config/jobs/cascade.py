@@ -1,9 +1,10 @@
 """Options of the job cascade: the models that draw together."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.tracking import TrackingConfig
 
 MOST_CANDIDATES = 4096
 
@@ -23,6 +24,13 @@ class CascadeConfig:
         at_least=1,
         at_most=MOST_CANDIDATES,
     )
+    copies: bool = option(
+        False, "copy the models and their encoders to the folder, so that it can be moved"
+    )
+    register_as: str = option(
+        "", "MLflow model name: log the cascade with its models, as `champion` of that name"
+    )
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> Iterator[str]:
         """Yield a line for a missing model."""

@@ -21,10 +21,16 @@ from ddpm_ray.runs.evaluation.evaluate_autoencoder import (
     require_reconstruction_scores,
     run_without_noise,
 )
+from ddpm_ray.runs.evaluation.evaluate_cascade import (
+    require_cascade_scores,
+    require_prompts,
+    run_of_last_stage,
+)
 from ddpm_ray.runs.evaluation.evaluate_contrastive import scored_checkpoint
 from ddpm_ray.runs.evaluation.evaluate_worker import evaluate_worker
 from ddpm_ray.runs.training_data import require_scored_data
-from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.sampling.cascade import Cascade
+from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
@@ -47,15 +53,7 @@ def run_evaluation(
     tracking_uri = resolve_tracking_uri(home)
     if not model_uri.startswith(IN_MLFLOW):
         model_uri = object_store.absolute(model_uri, home)
-    if begun := run_without_noise(model_uri):
-        require_reconstruction_scores(config.evaluation, begun.traits.name)
-        if config.autoencoder:
-            raise ConfigError(
-                f"autoencoder is {config.autoencoder!r}, and {model_uri} is {begun.traits.name}: "
-                "leave it out"
-            )
-    else:
-        begun = _denoiser_run(model_uri, config, tracking_uri)
+    begun, cascade = _scored_run(model_uri, config, tracking_uri)
     wanted, traits = config.evaluation, begun.traits
     trained_on = (begun.evaluation.held_out_url if not traits.has_noise else "") or begun.data.url
     if not (data_url := config.data_url or trained_on):
@@ -74,7 +72,10 @@ def run_evaluation(
     others = ("held_out_url", "reference_url")
     require_scored_data(traits, config.data_url, config.evaluation, others)  # before Ray starts
     dataset, prompts = open_dataset(config.data_url), config.sampling.prompts
-    pinned = scoring.alignment_checkpoint(config.evaluation, begun, prompts, dataset)
+    if cascade:
+        require_prompts(config, scoring.reference_data(config.evaluation, dataset))
+    captions = cascade or begun.draws_captions
+    pinned = scoring.alignment_checkpoint(config.evaluation, captions, prompts, dataset)
     if traits.reconstructs:
         require_images_of(model_uri, config.data_url)
     if traits.embeds:
@@ -94,25 +95,40 @@ def run_evaluation(
     return scores
 
 
-def _denoiser_run(model_uri: str, config: EvaluateConfig, tracking_uri: str) -> RunConfig:
-    """Config of the run that trained the model; raises ConfigError for settings that do not fit."""
-    model = load_model.load(
+def _scored_run(
+    model_uri: str, config: EvaluateConfig, tracking_uri: str
+) -> tuple[RunConfig, bool]:
+    """Config of the run that trained the model, and whether it is a cascade: then its last stage's.
+
+    Raises ConfigError for settings that do not fit.
+    """
+    if begun := run_without_noise(model_uri):
+        require_reconstruction_scores(config.evaluation, begun.traits.name)
+        if config.autoencoder:
+            raise ConfigError(
+                f"autoencoder is {config.autoencoder!r}, and {model_uri} is {begun.traits.name}: "
+                "leave it out"
+            )
+        return begun, False
+    model = load_model.load_to_draw(
         model_uri,
         tracking_uri=tracking_uri,
         autoencoder=config.autoencoder,
         text_model=config.text_model,
     )
-    begun = from_dict(RunConfig, model.provenance["config"])
     # Before Ray starts: raises ConfigError for settings or a guidance model that do not fit.
     load_model.configured(model, config.sampling, config.guidance, tracking_uri)
     wanted = config.evaluation
     if wanted.features == "none":
         raise ConfigError("evaluation.features is 'none'; choose inception or digits")
+    if isinstance(model, Cascade):
+        require_cascade_scores(wanted)
+        return run_of_last_stage(model), True
     _require_likelihoods(wanted, model)
-    return begun
+    return from_dict(RunConfig, model.provenance["config"]), False
 
 
-def _require_likelihoods(wanted: EvaluationConfig, model: TrainedModel) -> None:
+def _require_likelihoods(wanted: EvaluationConfig, model: DrawingModel) -> None:
     """Raise ConfigError for bits per dimension or a likelihood that `model` does not have."""
     most, codec = model.denoiser.schedule.num_steps, model.denoiser.codec.name
     for name, images, key, value in (

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ddpm_ray.assembly import checkpoint_loading, scoring
+from ddpm_ray.assembly import cascades, checkpoint_loading, scoring
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import OF_DENOISERS, OF_EVALUATE, EvaluationConfig
@@ -31,7 +31,8 @@ def run_without_noise(model_uri: str) -> RunConfig | None:
 
     Raises what `checkpoint_loading.run_facts` raises.
     """
-    if model_uri.startswith(IN_MLFLOW):  # where only models that draw images are logged
+    # In MLflow only models that draw images are logged.
+    if model_uri.startswith(IN_MLFLOW) or cascades.is_cascade(model_uri):
         return None
     config, _ = checkpoint_loading.run_facts(model_uri)
     return None if config.traits.has_noise else config
@@ -44,7 +45,7 @@ def require_reconstruction_scores(wanted: EvaluationConfig, model: str = "an aut
         "leave it out"
         for key in wanted.set_of(OF_EVALUATE + OF_DENOISERS)
     ]
-    problems += wanted.problems_of_arithmetic(model)
+    problems += wanted.problems_of_arithmetic(f"{model} draws no samples")
     if problems:
         raise ConfigError("\n".join(problems))
 

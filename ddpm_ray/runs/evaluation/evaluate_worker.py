@@ -31,11 +31,13 @@ from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, vlb_bits_per_dim
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_scores
+from ddpm_ray.runs.evaluation.evaluate_cascade import cascade_scores
 from ddpm_ray.runs.evaluation.evaluate_contrastive import contrastive_scores
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
+from ddpm_ray.sampling.cascade import Cascade
 from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.image_text import TrainedEncoders
-from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8, sampling_plan
 from ddpm_ray.storage import object_store
 
@@ -70,14 +72,18 @@ def _scores(
     if traits.embeds:
         return contrastive_scores(settings["model_uri"], config, workers, progress)
     tracking_uri = settings["tracking_uri"]
-    model = load_model.load(
+    model = load_model.load_to_draw(
         settings["model_uri"],
         workers.device,
-        tracking_uri,
         autoencoder=config.autoencoder,
         text_model=config.text_model,
+        tracking_uri=tracking_uri,
     )
     model = load_model.configured(model, config.sampling, config.guidance, tracking_uri)
+    checkpoint = settings.get("alignment_checkpoint", {})
+    encoders = scoring.alignment_encoders(config.evaluation, checkpoint, workers.device)
+    if isinstance(model, Cascade):
+        return cascade_scores(model, config, encoders, workers, progress)
     plan = sampling_plan(config.sampling, model.denoiser.schedule)
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
@@ -88,8 +94,6 @@ def _scores(
     model = dataclasses.replace(model, denoiser=shown)
     found: dict[str, Any] = {"metrics": {}}
     if config.evaluation.num_images:
-        checkpoint = settings.get("alignment_checkpoint", {})
-        encoders = scoring.alignment_encoders(config.evaluation, checkpoint, workers.device)
         found |= _sample_scores(config, model, plan, encoders, workers, progress).to_json()
     if config.evaluation.bits_per_dim_images:
         bits = _bits_per_dim(config, model, workers, progress).to_json()
@@ -119,7 +123,7 @@ def _scores(
 
 def _sample_scores(
     config: EvaluateConfig,
-    model: TrainedModel,
+    model: DrawingModel,
     plan: SamplingPlan,
     encoders: TrainedEncoders | None,
     workers: Workers,
@@ -155,7 +159,7 @@ def _sample_scores(
     )
 
 
-def _drawing(model: TrainedModel, config: EvaluateConfig, workers: Workers) -> Denoiser:
+def _drawing(model: DrawingModel, config: EvaluateConfig, workers: Workers) -> Denoiser:
     """The denoiser that draws samples, in the configured arithmetic."""
     wanted, loaded = config.evaluation, model.denoiser.network
     if (wanted.precision, wanted.compile) == ("fp32", "off"):
@@ -165,7 +169,7 @@ def _drawing(model: TrainedModel, config: EvaluateConfig, workers: Workers) -> D
     return dataclasses.replace(model.denoiser, network=network)
 
 
-def _weights(model: TrainedModel) -> dict[str, Any]:
+def _weights(model: DrawingModel) -> dict[str, Any]:
     """Provenance of the weights: step, EMA, sha256."""
     begun, origin = from_dict(RunConfig, model.provenance["config"]), model.provenance
     return scoring.ema_provenance(begun, origin["step"], origin.get("average"), origin) | {
@@ -173,7 +177,7 @@ def _weights(model: TrainedModel) -> dict[str, Any]:
     }
 
 
-def _with_origin(found: dict[str, Any], model: TrainedModel, dataset: Dataset) -> dict[str, Any]:
+def _with_origin(found: dict[str, Any], model: DrawingModel, dataset: Dataset) -> dict[str, Any]:
     """Add weights, data set and choice of images to the provenance in `found`."""
     begun = from_dict(RunConfig, model.provenance["config"])
     origin = {
@@ -185,7 +189,7 @@ def _with_origin(found: dict[str, Any], model: TrainedModel, dataset: Dataset) -
 
 
 def _bits_per_dim(
-    config: EvaluateConfig, model: TrainedModel, workers: Workers, progress: ImageProgress
+    config: EvaluateConfig, model: DrawingModel, workers: Workers, progress: ImageProgress
 ) -> BitsPerDim:
     """Variational bound in bits per dimension on images of the data set."""
     wanted, sampling = config.evaluation, config.sampling
@@ -202,7 +206,7 @@ def _bits_per_dim(
 
 def _neighbours(
     config: EvaluateConfig,
-    model: TrainedModel,
+    model: DrawingModel,
     plan: SamplingPlan,
     workers: Workers,
     progress: ImageProgress,
@@ -221,7 +225,7 @@ def _neighbours(
 
 
 def _likelihood(
-    config: EvaluateConfig, model: TrainedModel, workers: Workers, progress: ImageProgress
+    config: EvaluateConfig, model: DrawingModel, workers: Workers, progress: ImageProgress
 ) -> Likelihood:
     """Likelihood of images of the data set under the probability flow ODE."""
     wanted = config.evaluation
@@ -230,7 +234,7 @@ def _likelihood(
 
 
 def _images(
-    config: EvaluateConfig, count: int, model: TrainedModel, workers: Workers
+    config: EvaluateConfig, count: int, model: DrawingModel, workers: Workers
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This worker's share of a fixed choice of `count` images: batches of index, image, label."""
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)

@@ -1,0 +1,253 @@
+"""Cascades as one thing: copied, moved, in MLflow's registry, scored by any number of workers."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("tokenizers", reason="needs the extra [text]")
+
+import ddpm_ray
+from ddpm_ray.assembly.portable_models import copy_model
+from ddpm_ray.assembly.prior_loading import trained_prior
+from ddpm_ray.collectives import Workers
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.jobs.cascade import CascadeConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
+from ddpm_ray.config.loading import ConfigError, to_dict
+from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.config.tracking import TrackingConfig
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.distributed import worker_group
+from ddpm_ray.runs.evaluation import evaluate, evaluate_worker
+from ddpm_ray.runs.load_model import load_to_draw
+from ddpm_ray.runs.make_cascade import make_cascade
+from ddpm_ray.sampling.sampling import Images
+from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from tests.data.captioned_sets import write_captioned
+from tests.fixtures.threaded_workers import OnWorkers
+from tests.runs.test_ema_search import RunControl
+from tests.test_cascade_job import TEXTS, runs  # noqa: F401
+from tests.tracking.test_mlflow_runs import MLFLOWS
+
+CALL: dict[str, Any] = {"prompts": TEXTS, "seed": 3}
+SHOWN = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 1), np.uint8)
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def make(runs: Path, tmp_path: Path) -> Make:  # noqa: F811
+    """Make the cascade of the runs in the folder `cascade` of the test."""
+
+    def made(prior: str = "prior", **options: Any) -> dict[str, Any]:
+        where = {name: str(runs / name) for name in (prior, "decoder", "upsampler-4")}
+        stages = where[prior], where["decoder"], (where["upsampler-4"],)
+        config = CascadeConfig(*stages, candidates=3, **options)
+        return make_cascade(str(tmp_path / "cascade"), config, tmp_path)
+
+    return made
+
+
+def drawn(where: Path | str) -> tuple[Images, Images]:
+    """Images of prompts, and variations, which need the image encoder."""
+    cascade = ddpm_ray.load_cascade(where, "cpu")
+    return cascade.sample(3, **CALL), cascade.variations(SHOWN, seed=1)
+
+
+def test_a_cascade_with_copies_loads_anywhere(
+    make: Make,
+    runs: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make()
+    wanted = drawn(tmp_path / "cascade")
+    parts = make(copies=True)
+    assert [one["url"] for one in (parts["prior"], *parts["upsamplers"])] == [
+        "prior",
+        "upsampler-1",
+    ]
+    shutil.move(tmp_path / "cascade", tmp_path / "elsewhere")
+    runs.rename(gone := runs.with_name("gone"))
+    try:
+        for found, want in zip(drawn(tmp_path / "elsewhere"), wanted, strict=True):
+            np.testing.assert_array_equal(found, want)
+    finally:
+        gone.rename(runs)
+
+
+def test_a_copy_without_its_encoder_is_refused(
+    make: Make,
+    runs: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    encoder = runs / "encoder"
+    encoder.rename(runs / "away")
+    try:
+        with pytest.raises(CheckpointError, match="put the checkpoint of that encoder back"):
+            make(copies=True)
+    finally:
+        (runs / "away").rename(encoder)
+    assert not (tmp_path / "cascade").exists()
+
+
+def test_another_cascade_in_the_folder_is_named(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make()
+    make()
+    assert not caplog.records
+    make(copies=True)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert f"held another cascade, with the decoder {first['decoder']['url']}: replaced" in said
+
+
+@pytest.mark.filterwarnings(*MLFLOWS)
+def test_a_cascade_in_the_registry_draws_the_same(
+    make: Make,
+    mlflow_database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By load_cascade, by the jobs, by mlflow.pyfunc; the job may be repeated."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_database)
+    monkeypatch.chdir(tmp_path)
+    tracked = TrackingConfig(experiment="cascades")
+    made = make(register_as="fruit", tracking=tracked)
+    assert made == make(register_as="fruit", tracking=tracked)
+    assert made["registered"] == {"name": "fruit", "version": "1"}
+    wanted = drawn(tmp_path / "cascade")
+    for uri in ("models:/fruit@champion", f"runs:/{made['run_id']}/model"):
+        for found, want in zip(drawn(uri), wanted, strict=True):
+            np.testing.assert_array_equal(found, want)
+    assert load_to_draw("models:/fruit@champion").drawn_shape == (8, 8, 1)
+    mlflow.set_tracking_uri(mlflow_database)
+    served = mlflow.pyfunc.load_model("models:/fruit@champion")
+    table = pd.DataFrame({"prompt": [TEXTS[0], TEXTS[1], TEXTS[0]], "seed": 3})
+    np.testing.assert_array_equal(served.predict(table), wanted[0])
+    with pytest.raises(ConfigError, match="holds a cascade, not one model: load it with"):
+        ddpm_ray.load("models:/fruit@champion")
+    run = mlflow.get_run(made["run_id"])
+    assert run.info.status == "FINISHED"
+    assert made["decoder"]["url"] in run.data.tags["mlflow.note.content"]
+
+
+def test_a_prior_in_mlflow_draws_embeddings_of_prompts(
+    make: Make,
+    runs: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """From the folder that a run of it is logged as, wherever its encoder has gone."""
+    assert not copy_model(make()["prior"]["url"], tmp_path / "prior")
+    encoder = runs / "encoder"
+    encoder.rename(runs / "away")
+    try:
+        found = _load_pyfunc(str(tmp_path / "prior")).predict(
+            pd.DataFrame({"prompt": TEXTS}), {"seed": 5, "candidates": 2}
+        )
+    finally:
+        (runs / "away").rename(encoder)
+    wanted = trained_prior(str(runs / "prior")).embeddings(TEXTS, range(2), 5, 2)
+    np.testing.assert_array_equal(found, wanted.numpy())
+
+
+def scored(
+    model: str, config: EvaluateConfig, workers: Workers, tmp_path: Path, monkeypatch: Any
+) -> dict[str, Any]:
+    """Scores by `evaluate` on threads in place of Ray's workers."""
+    here = threading.local()
+
+    def run(_: Any, settings: dict[str, Any], *__: Any) -> Any:
+        here.workers = workers
+        return evaluate_worker.evaluate_worker(settings | {"control": RunControl()})
+
+    monkeypatch.setattr(worker_group, "run", run)
+    monkeypatch.setattr(evaluate_worker, "distributed_context", lambda: here.workers)
+    return evaluate.run_evaluation(model, config, tmp_path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Captioned images 8 x 8, of the size that the cascade draws."""
+    shape = ImageShape(8, 8, 1)
+    write_captioned(tmp_path / "data", [TEXTS[:1], TEXTS[1:]] * 4, 8, noise=True, shape=shape)
+    return str(tmp_path / "data")
+
+
+def test_a_cascade_is_scored_the_same_by_any_number_of_workers(
+    make: Make,
+    data: str,
+    runs: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_workers: OnWorkers,
+) -> None:
+    """The images of a worker's share are those of one worker; prompts are captions of the data."""
+    make()
+    wanted = EvaluationConfig(
+        num_images=5, features="digits", alignment_encoder=str(runs / "encoder")
+    )
+    config = EvaluateConfig(
+        data, sampling=SamplingSettings(steps=4, batch_size=2), evaluation=wanted
+    )
+    folder = str(tmp_path / "cascade")
+    alone = scored(folder, config, Workers(), tmp_path, monkeypatch)
+    assert {"eval/fd_digits", "eval/alignment"} < alone["metrics"].keys()
+    origin = alone["certificate"]["model"]
+    parts = json.loads(Path(folder, "cascade.json").read_text())["value"]
+    assert origin["prior"]["model_sha256"] == parts["prior"]["sha256"]
+    assert origin["candidates"] == 3
+    assert alone["certificate"]["samples"]["prompts"]
+    settings = {
+        "model_uri": folder,
+        "tracking_uri": "",
+        "config": to_dict(config),
+        "alignment_checkpoint": {
+            "url": str(next((runs / "encoder/checkpoints").glob("step-*"))),
+            "sha256": alone["certificate"]["alignment"]["model_sha256"],
+        },
+    }
+    here = threading.local()
+    monkeypatch.setattr(evaluate_worker, "distributed_context", lambda: here.workers)
+
+    def part(workers: Workers) -> dict[str, float]:
+        here.workers = workers
+        found = evaluate_worker._scores(config, settings, lambda progress: None)
+        assert found["certificate"]["samples"] == alone["certificate"]["samples"]
+        return dict(found["metrics"])
+
+    for found in on_workers(3, part):
+        assert found == pytest.approx(alone["metrics"], rel=1e-4)  # other batches
+
+
+def test_scores_that_a_cascade_does_not_have_are_refused_before_ray_starts(
+    make: Make,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make()
+    monkeypatch.setattr(worker_group, "run", lambda *_: pytest.fail("Ray was started"))
+    run = partial(evaluate.run_evaluation, str(tmp_path / "cascade"), home=tmp_path)
+    for wanted, says in (
+        ({"bits_per_dim_images": 2}, r"bits_per_dim_images is 2; it is a score of one network"),
+        ({"precision": "bf16_weights"}, r"precision is bf16_weights; a cascade draws in float32"),
+    ):
+        chosen = EvaluationConfig(num_images=4, features="digits", **wanted)
+        config = EvaluateConfig(data, sampling=SamplingSettings(steps=4), evaluation=chosen)
+        with pytest.raises(ConfigError, match=says):
+            run(config=config)
+    chosen = EvaluationConfig(num_images=4, features="digits")
+    silent = EvaluateConfig(sampling=SamplingSettings(steps=4), evaluation=chosen)
+    with pytest.raises(ConfigError, match=r"large holds no captions: a cascade draws images of te"):
+        run(config=silent)
