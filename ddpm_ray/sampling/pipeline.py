@@ -113,6 +113,7 @@ class TrainedModel(DrawingModel):
 
         return self._edited(edit, images, chosen.batch_size)
 
+    @checks_arguments
     def enlarge(self, images: Images, *, first: Index = 0, **settings: Any) -> Images:
         """Upscale `images` [N, h, w, C] to the model's size; returns uint8 [N, H, W, C].
 
