@@ -58,6 +58,9 @@ class Purpose(IntEnum):
     PROMPT = 18
     EMBEDDING_DROP = 19
     CASCADE = 20
+    CROP_ROW = 21
+    CROP_COLUMN = 22
+    BLUR = 23
 
 
 def normal(

@@ -181,6 +181,8 @@ def noising_recipe(
         offset_noise=wanted.offset_noise,
         input_perturbation=wanted.input_perturbation,
         low_resolution_noise=wanted.low_resolution_noise,
+        low_resolution_blur=wanted.low_resolution_blur,
+        low_resolution_crop=wanted.low_resolution_crop,
         codec=saved_codec(state.facts),
         compiled=_compiles_noising(config.training, state),
     )

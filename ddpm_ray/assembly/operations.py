@@ -32,6 +32,8 @@ def training_operations(config: RunConfig, image_shape: ImageShape) -> int:
     discriminator, the network of a perceptual loss and a frozen text encoder do not count either.
     """
     height, width, channels = image_shape
+    if crop := config.objective.low_resolution_crop:
+        height = width = crop
     with torch.device("meta"):
         model = network(config, image_shape)
         x = torch.empty(1, channels, height, width)

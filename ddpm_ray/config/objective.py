@@ -101,6 +101,21 @@ class ObjectiveConfig:
         at_least=0,
         defines_run=True,
     )
+    low_resolution_blur: float = option(
+        0.0,
+        "low_resolution_pixels > 0: largest standard deviation of a Gaussian blur of that image, "
+        "in its pixels; each image has one between 0 and this",
+        at_least=0,
+        at_most=8,
+        defines_run=True,
+    )
+    low_resolution_crop: int = option(
+        0,
+        "low_resolution_pixels > 0: train on random squares of this side, in pixels of the large "
+        "image; 0: on whole images",
+        at_least=0,
+        defines_run=True,
+    )
 
     inpainting_masks: bool = option(
         False,
@@ -146,6 +161,12 @@ class ObjectiveConfig:
                 f"{self.low_resolution_pixels}; a network sees known pixels or a low-resolution "
                 f"image: leave one of the two out"
             )
+        for key in ("low_resolution_blur", "low_resolution_crop"):
+            if (value := getattr(self, key)) and not self.low_resolution_pixels:
+                yield (
+                    f"objective.{key} is {value}, but there is no low-resolution image: set "
+                    f"objective.low_resolution_pixels, or leave it out"
+                )
         if self.timesteps == "second_moment" and self.loss == "simple":
             yield (
                 "objective.timesteps is 'second_moment', which balances the terms of the bound; "

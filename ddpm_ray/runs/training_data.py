@@ -14,6 +14,7 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.task import TaskTraits
 from ddpm_ray.data.dataset import MANIFEST, Dataset, DatasetError, open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.models.lpips_distance import require_lpips
 from ddpm_ray.redaction import counted
@@ -74,6 +75,7 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
     try:
         with torch.device("meta"):
             networks.network(config, shape)
+            _require_crop(config, shape)
         if reconstructs:
             require_fitting(config, shape)
     except ValueError as error:
@@ -132,6 +134,23 @@ def _require_rangeless_options(config: RunConfig) -> None:
     model = dataclasses.replace(config.sampled_model, has_range=False)
     if problems := list(config.sampling.problems("sampling", model)):
         raise ConfigError("\n".join(problems))
+
+
+def _require_crop(config: RunConfig, shape: ImageShape) -> None:
+    """Raise ConfigError for crops that are larger than the images, ValueError for odd ones."""
+    side, height, width = config.objective.low_resolution_crop, *shape[:2]
+    if side and (kind := config.model.network) != "unet":
+        raise ConfigError(
+            f"objective.low_resolution_crop is {side}, but model.network is {kind}, which takes "
+            f"images of one size: use model.network=unet, or leave it out"
+        )
+    if side > min(height, width):
+        raise ConfigError(
+            f"objective.low_resolution_crop is {side}, but the images of {config.data.url} are "
+            f"{height} x {width}: use {min(height, width) // 2}, a quarter of their pixels"
+        )
+    if side:
+        networks.network(config, ImageShape(side, side, shape.channels))
 
 
 def _fingerprints(config: RunConfig, dataset: Dataset) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Prepare training batches: timesteps, noise, flips, label dropout, conditioning images, masks.
+"""Prepare training batches: timesteps, noise, flips, crops, label dropout, conditioning, masks.
 
 All random numbers are keyed by (seed, step, position in the global batch), so any number of workers
 and any restart produce the same batch.
@@ -19,6 +19,7 @@ from ddpm_ray.data.loader import Batch
 from ddpm_ray.diffusion.conditioning import Conditioning, known_part
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.training.inpainting_masks import known_mask
+from ddpm_ray.training.upsampler_augmentation import blurred, cropped
 
 ChooseSteps: TypeAlias = Callable[[Step, Tensor], tuple[Tensor, Tensor | None]]
 """(training step, positions [b]) -> t [b] in 1..T and the importance weights [b] of the losses, or
@@ -51,6 +52,8 @@ class NoisingRecipe:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     low_resolution_noise: float = 0.0
+    low_resolution_blur: float = 0.0
+    low_resolution_crop: int = 0
     codec: Codec = PIXELS
     compiled: bool = False  # with torch.compile
 
@@ -80,6 +83,11 @@ class NoisingRecipe:
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
         x_0 = self.codec.draw(stored, flips, seed, step, positions)
         x_0 = x_0.contiguous(memory_format=self.memory_format)
+        conditioning = self._conditioning(x_0, labels, tokens, step, positions)
+        low, side = conditioning.low_resolution, self.low_resolution_crop
+        if low is not None and side:
+            x_0, low = cropped(x_0, low, side, seed, step, positions)
+            conditioning = replace(conditioning, low_resolution=low)
         shape = tuple(x_0.shape[1:])
         t, importance = self.steps(step, positions)
         noise = counter_rng.normal(seed, Purpose.NOISE, step, positions, shape)
@@ -93,14 +101,7 @@ class NoisingRecipe:
         if self.input_perturbation:  # (Ning et al. 2023, arXiv:2301.11706, algorithm 1)
             more = counter_rng.normal(seed, Purpose.PERTURBATION, step, positions, shape)
             perturbation = self.input_perturbation * more
-        return NoisyBatch(
-            x_0,
-            t,
-            importance,
-            noise,
-            perturbation,
-            self._conditioning(x_0, labels, tokens, step, positions),
-        )
+        return NoisyBatch(x_0, t, importance, noise, perturbation, conditioning)
 
     def _chosen(self, share: float, purpose: Purpose, step: Step, positions: Tensor) -> Tensor:
         """Choose each image with probability `share`: bool [b]."""
@@ -124,13 +125,17 @@ class NoisingRecipe:
         if self.embedding_dropout:
             chosen = self._chosen(self.embedding_dropout, Purpose.EMBEDDING_DROP, step, positions)
             conditioning = conditioning.drop_embedding(chosen)
-        if (low := conditioning.low_resolution) is not None and self.low_resolution_noise:
+        if (low := conditioning.low_resolution) is not None:
             # Makes a cascade robust to errors of the model before it (Ho et al. 2022,
             # arXiv:2106.15282, section 4).
-            noise = counter_rng.normal(
-                self.seed, Purpose.LOW_RESOLUTION, step, positions, tuple(low.shape[1:])
-            )
-            low = low + self.low_resolution_noise * noise
+            pixels, key = self.takes.low_resolution_pixels, (self.seed, step, positions)
+            if self.low_resolution_blur:
+                low = blurred(low, self.low_resolution_blur, pixels, *key)
+            if self.low_resolution_noise:
+                noise = counter_rng.normal(
+                    self.seed, Purpose.LOW_RESOLUTION, step, positions, tuple(low.shape[1:])
+                )
+                low = low + self.low_resolution_noise * noise
             conditioning = replace(conditioning, low_resolution=low)
         if self.takes.known_pixels:
             mask = known_mask(self.seed, step, positions, x_0.shape[2], x_0.shape[3])

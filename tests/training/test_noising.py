@@ -41,6 +41,16 @@ EVERYTHING = (
     "objective.timesteps=low_discrepancy",
 )
 
+UPSAMPLING = (
+    "data.flip=true",
+    "model.num_classes=5",
+    "objective.input_perturbation=0.1",
+    "objective.low_resolution_pixels=2",
+    "objective.low_resolution_noise=0.1",
+    "objective.low_resolution_blur=0.6",
+    "objective.low_resolution_crop=3",
+)
+
 INPAINTING = (
     "data.flip=true",
     "model.num_classes=5",
@@ -89,20 +99,20 @@ def with_all_of(overrides: tuple[str, ...]) -> tuple[Objective, dict[str, Tensor
     return made, columns(shown(made))
 
 
-@pytest.mark.parametrize("overrides", [EVERYTHING, INPAINTING])
+@pytest.mark.parametrize("overrides", [EVERYTHING, UPSAMPLING, INPAINTING])
 @given(start=st.integers(0, 399), count=st.integers(1, 50))
 def test_all_that_is_shown_of_an_image_is_its_positions(
     overrides: tuple[str, ...], start: int, count: int
 ) -> None:
     made, whole = with_all_of(overrides)
     part = columns(shown(made, part=slice(start, start + count)))
-    image = "low_resolution" if overrides == EVERYTHING else "known"
+    image = "known" if overrides == INPAINTING else "low_resolution"
     assert whole.keys() == {"x_0", "t", "noise", "perturbation", "labels", image} == part.keys()
     for name, value in part.items():
         assert torch.equal(value, whole[name][start : start + count]), name
 
 
-@pytest.mark.parametrize("overrides", [EVERYTHING, INPAINTING])
+@pytest.mark.parametrize("overrides", [EVERYTHING, UPSAMPLING, INPAINTING])
 def test_another_step_shows_everything_anew(overrides: tuple[str, ...]) -> None:
     made = objective(*overrides)
     one, other = columns(shown(made, 3)), columns(shown(made, 4))
@@ -119,6 +129,7 @@ TIMESTEPS = get_args(get_type_hints(ObjectiveConfig)["timesteps"])
     [
         *((*BOUND, f"objective.timesteps={kind}") for kind in TIMESTEPS),
         EVERYTHING,
+        UPSAMPLING,
         (*INPAINTING, "training.channels_last=true"),
     ],
     ids=str,
