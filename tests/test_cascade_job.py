@@ -28,6 +28,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.runs.run_start import RunStart, begin_run, settled_run
+from ddpm_ray.runs.run_text_model import run_texts
 from ddpm_ray.sampling.image_grid import grid_of_samples
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.training.checkpoint_folder import CheckpointError, read_checkpoint
@@ -238,6 +239,25 @@ def test_a_copied_decoder_brings_its_encoder(runs: Path, tmp_path: Path) -> None
         copy_image_encoder(another, tmp_path / "b")
     with pytest.raises(CheckpointError, match=f"the encoder of sha256 {held['sha256'][:9]}"):
         _ = replace(here, url=str(runs / "other-encoder")).encoders
+
+
+def test_a_prior_with_texts_of_another_encoder_is_warned_of(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its embeddings are of `encoder`; a warning names the other one, and none the right one."""
+    url = tmp_path / "embeddings"
+    found = trained_encoders(str(runs / "encoder"))
+    written = random_embeddings(8, WIDTH)
+    write_embeddings(url, written, 8, captioned=True, encoder_sha256=found.sha256)
+    dataset = open_dataset(str(url))
+    for name, warned in (("encoder", False), ("other-encoder", True)):
+        of = ("text.encoder=contrastive", f"text.model={runs / name}")
+        keys = ("task=prior", "training.grid_every_steps=0", "prior.width=8", "prior.depth=1")
+        config = load_config(RunConfig, None, ["name=x", f"data.url={url}", *keys, *of])
+        run_texts(config, dataset, str(tmp_path / name))
+        said = [one.getMessage() for one in caplog.records if "in its own space" in one.msg]
+        assert bool(said) == warned
+    assert f"embeddings of {url} are of the encoder of sha256 {found.sha256[:12]}" in said[0]
 
 
 def test_a_prior_is_continued_as_its_data_name_the_encoder(runs: Path, tmp_path: Path) -> None:

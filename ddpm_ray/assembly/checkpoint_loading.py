@@ -165,6 +165,7 @@ class TrainedWeights(NamedTuple):
     autoencoder_sha256: str = ""  # of its latents; empty: of pixels, or unknown
     tokenizer_sha256: str = ""  # of its texts; empty: it takes no text
     text_encoder_sha256: str = ""  # of one that is trained elsewhere; empty: it has none
+    image_encoder_sha256: str = ""  # of the embeddings that it is given or draws; empty: none
 
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
@@ -205,7 +206,7 @@ def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
         trained_on.name,
         trained_on.autoencoder_sha256 if isinstance(trained_on, LatentCodec) else "",
         tokenizer.sha256 if tokenizer else "",
-        facts.get("text_encoder", {}).get("sha256", ""),
+        *(facts.get(f"{kind}_encoder", {}).get("sha256", "") for kind in ("text", "image")),
     )
 
 

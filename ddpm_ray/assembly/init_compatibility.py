@@ -70,11 +70,16 @@ def incompatibilities(
 
 
 def learned_anew(
-    found: TrainedWeights, config: RunConfig, codec: Codec, text_encoder: str = ""
+    found: TrainedWeights,
+    config: RunConfig,
+    codec: Codec,
+    text_encoder: str = "",
+    image_encoder: str = "",
 ) -> Iterator[str]:
     """Yield a line for what the model may have to learn again: its target, latents, texts, inputs.
 
-    `text_encoder` is the sha256 of the run's text encoder, if that is trained elsewhere.
+    `text_encoder` is the sha256 of the run's text encoder, if that is trained elsewhere,
+    `image_encoder` that of the encoder of its image embeddings, if it has any.
     """
     theirs, ours = found.objective, config.objective.prediction
     if config.traits.draws_images and theirs is not None and theirs.prediction != ours:
@@ -93,6 +98,12 @@ def learned_anew(
         yield (
             f"was trained with {_text_encoder(theirs_text)}, and this run with "
             f"{_text_encoder(ours_text)}, whose vectors it has to learn"
+        )
+    theirs_image = found.image_encoder_sha256
+    if theirs_image and image_encoder and theirs_image != image_encoder:
+        yield (
+            f"was trained on embeddings of the image encoder of sha256 {theirs_image[:12]}, and "
+            f"this run is on those of {image_encoder[:12]}, which it has to learn"
         )
     if isinstance(found.spec, WITHOUT_IMAGES) or _skips_inputs(found.spec, config):
         return

@@ -88,19 +88,22 @@ def check_initial_weights(
     codec: Codec = PIXELS,
     tokenizer: Tokenizer | None = None,
     text_model: TextModel | None = None,
+    image_encoder: str = "",
 ) -> None:
     """Read the weights, check that they fit the network, and log what is taken from them.
 
     `image_shape`, `codec` and `tokenizer` are those of the run's data, `text_model` its text
-    encoder that is trained elsewhere. Raises ConfigError for
-    another network or inputs of another meaning, and what `_read` and `matched` raise.
+    encoder that is trained elsewhere, `image_encoder` the sha256 of that of its image embeddings.
+    Raises ConfigError for another network or inputs of another meaning, and what `_read` and
+    `matched` raise.
     """
     found, text = _read(source), text_model.spec if text_model else None
     spec = networks.network_spec(config, image_shape, tokenizer=tokenizer, frozen_text=text)
     where = sanitize(source.checkpoint)
     if lines := [*incompatibilities(found, spec, config, codec, tokenizer)]:
         raise ConfigError("\n".join(f"training.init_from: {where} {line}" for line in lines))
-    for line in learned_anew(found, config, codec, text_model.sha256 if text_model else ""):
+    texts = text_model.sha256 if text_model else ""
+    for line in learned_anew(found, config, codec, texts, image_encoder):
         log.warning("training.init_from: %s %s", where, line)
     with torch.device("meta"):
         network = networks.network(config, image_shape, tokenizer=tokenizer, frozen_text=text)

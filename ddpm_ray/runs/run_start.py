@@ -112,8 +112,9 @@ def begin_run(
     source = (
         InitialWeights(**known) if known else initial_weights.find_initial_weights(config.training)
     )
+    of_images = encoders.get("image_encoder", {}).get("sha256", "")
     initial_weights.check_initial_weights(
-        source, config, shape, codec_of(dataset.manifest), tokenizer, text_model
+        source, config, shape, codec_of(dataset.manifest), tokenizer, text_model, of_images
     )
     identity = claim(folder, begun | {"init_from": vars(source)}, changed_keys)
     _require_agreement(folder, encoders)

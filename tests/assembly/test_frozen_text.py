@@ -250,6 +250,14 @@ def test_a_run_that_begins_with_the_weights_of_another_encoder_is_told(
         assert name in line
 
 
+def test_a_run_on_embeddings_of_another_encoder_says_so(run: str) -> None:
+    found, config = trained_weights(run), configured(Path(run))
+    ours = found._replace(image_encoder_sha256="a" * 64, tokenizer_sha256="")
+    assert [*learned_anew(ours, config, PIXELS, image_encoder="a" * 64)] == []
+    (line,) = learned_anew(ours, config, PIXELS, image_encoder="b" * 64)
+    assert "of sha256 aaaaaaaaaaaa, and this run is on those of bbbbbbbbbbbb, which it" in line
+
+
 def test_the_operations_of_a_frozen_encoder_do_not_count() -> None:
     """Counts differ by those of ours, of the same width and length, alone."""
     sizes = "text.length=6", "text.width=8", "text.depth=1", "text.heads=2"

@@ -21,7 +21,12 @@ def random_embeddings(samples: int, width: int = 5, seed: int = 0) -> Float16s:
 
 
 def write_embeddings(
-    folder: Path, embeddings: Float16s, shard_samples: int, *, captioned: bool = False
+    folder: Path,
+    embeddings: Float16s,
+    shard_samples: int,
+    *,
+    captioned: bool = False,
+    encoder_sha256: str = "b" * 64,
 ) -> Dataset:
     """Write a set of embeddings of images of 4 x 8; sample n has label n % 7, caption `n`."""
     rows = []
@@ -45,7 +50,7 @@ def write_embeddings(
         "0" * 64,
         codec="embeddings",
         embedding_width=embeddings.shape[1],
-        encoder_sha256="b" * 64,
+        encoder_sha256=encoder_sha256,
         captioned=captioned,
     )
     return write_index(str(folder), recipe, rows)
