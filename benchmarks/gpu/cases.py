@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
-from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER, CONTRASTIVE, TEXT
+from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER, CONTRASTIVE, TEXT, TRANSFORMER
 from ddpm_ray.assembly import checkpoint_loading, diffusion, networks, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.image_shape import ImageShape
@@ -126,6 +126,14 @@ OBJECTIVES: dict[str, list[str]] = {
     ],
     "text": [*TEXT, "objective.label_dropout=0.5"],
     "text dit bf16_weights": [*DIT, *TEXT, BF16],
+    "text transformer bf16_weights": [*TEXT, *TRANSFORMER, BF16],
+    "text transformer bf16 channels_last gradient_checkpointing": [
+        *TEXT,
+        *TRANSFORMER,
+        "training.precision=bf16",
+        "training.channels_last=true",
+        "training.gradient_checkpointing=true",
+    ],
     "contrastive": CONTRASTIVE,
     "contrastive infonce bf16_weights micro batches": [
         *CONTRASTIVE,

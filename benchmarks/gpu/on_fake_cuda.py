@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import fake_library
-from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER, CONTRASTIVE, TEXT
+from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER, CONTRASTIVE, TEXT, TRANSFORMER
 
 GOLDEN = Path(__file__).parents[2] / "tests/golden/step_syncs.json"
 SETTINGS = {  # of the task, objective or training, whose steps wait in ways of their own
@@ -33,6 +33,7 @@ SETTINGS = {  # of the task, objective or training, whose steps wait in ways of 
         "objective.loss=vlb",
     ],
     "text": TEXT,
+    "text transformer": [*TEXT, *TRANSFORMER],
     "contrastive": CONTRASTIVE,
     "autoencoder": AUTOENCODER,
     "autoencoder adversary": [*AUTOENCODER, *ADVERSARY],

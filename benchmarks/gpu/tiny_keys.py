@@ -41,6 +41,7 @@ TEXT = [
     "text.depth=1",
     "text.heads=2",
 ]
+TRANSFORMER = ["model.transformer_depth=1", "text.pooled=false"]  # as in Stable Diffusion
 CONTRASTIVE = [
     "task=contrastive",
     *TEXT,

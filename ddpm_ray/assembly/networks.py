@@ -107,10 +107,21 @@ def denoiser_spec(
     match config.model.network:
         case "unet":
             unet = unet_spec(config, image_shape, variant)
-            return replace(unet, text=text, embedding_width=config.embedding.width)
+            return replace(
+                unet,
+                text=text,
+                embedding_width=config.embedding.width,
+                transformer_depth=config.model.transformer_depth,
+                pools_text=config.text.pooled,
+            )
         case "dit":
             dit = dit_spec(config, image_shape)
-            return replace(dit, text=text, embedding_width=config.embedding.width)
+            return replace(
+                dit,
+                text=text,
+                embedding_width=config.embedding.width,
+                pools_text=config.text.pooled,
+            )
         case never:
             assert_never(never)
 

@@ -35,6 +35,7 @@ OWN_OPTIONS: dict[NetworkKind, tuple[str, ...]] = {
         "attention_factors",
         "attention_resolutions",
         "head_channels",
+        "transformer_depth",
         "groups",
     ),
     "dit": ("size", *DiTSizes._fields, "mlp_norm_eps"),
@@ -81,6 +82,13 @@ class ModelConfig:
         0,
         "unet: channels per attention head, which must divide those of each level with attention "
         "and of the last level; 0: one head",
+        at_least=0,
+        defines_run=True,
+    )
+    transformer_depth: int = option(
+        0,
+        "unet with text: blocks of the spatial transformer at each attention, as in Stable "
+        "Diffusion: 1 there; 0: an attention to the pixels, then one to the text",
         at_least=0,
         defines_run=True,
     )

@@ -146,7 +146,7 @@ class RunConfig:
         yield from self.schedule.problems()
         yield from self.objective.problems(self.schedule)
         yield from self.model.problems()
-        yield from self.text.problems()
+        yield from self.text.problems(self.model.transformer_depth)
         yield from self.embedding.problems(self.model.num_classes)
         yield from self.autoencoder.problems()
         yield from self.contrastive.problems()
@@ -239,6 +239,9 @@ class RunConfig:
                 f"text.encoder is none; {self.traits.name} reads the captions of its images: set "
                 f"text.encoder=transformer"
             )
+        if not self.text.pooled:
+            name = self.traits.name
+            yield f"text.pooled is false; {name} needs the vector of the whole text: leave it out"
         if self.text.frozen and self.traits.embeds:
             yield (
                 f"text.encoder is {self.text.encoder}; {self.traits.name} trains its own: set "

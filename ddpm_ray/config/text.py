@@ -14,6 +14,7 @@ FROZEN: dict[TextEncoderKind, str] = {  # what text.model is an example of
     "contrastive": "runs/encoders",
     "transformers": "models/clip",
 }
+OF_RUN = "model", "pooled"  # options that do not describe a frozen text encoder
 OPEN = {"transformers": ("length",)}  # options that a frozen kind leaves to the run
 MOVED_TEXT_MODEL = "URL of a frozen text encoder, if it has moved since training"
 
@@ -51,6 +52,12 @@ class TextConfig:
     width: int = option(256, "transformer: width of its vectors", at_least=1, defines_run=True)
     depth: int = option(4, "transformer: number of blocks", at_least=1, defines_run=True)
     heads: int = option(4, "transformer: heads of each attention", at_least=1, defines_run=True)
+    pooled: bool = option(
+        True,
+        "whether the vector of the whole text is added to the embedding of t; not in Stable "
+        "Diffusion",
+        defines_run=True,
+    )
 
     @property
     def frozen(self) -> FrozenTextKind | None:
@@ -61,8 +68,16 @@ class TextConfig:
             case kind:
                 return kind
 
-    def problems(self) -> Iterator[str]:
-        """Yield a line for sizes that do not fit together, and for options without an encoder."""
+    def problems(self, transformer_depth: int) -> Iterator[str]:
+        """Yield a line for sizes that do not fit together, and for options without an encoder.
+
+        `transformer_depth` is that of the network.
+        """
+        if self.encoder == "none" and transformer_depth:
+            yield (
+                f"model.transformer_depth is {transformer_depth}; a spatial transformer attends to "
+                "a text: set text.encoder=transformer, or model.transformer_depth=0"
+            )
         if self.width % self.heads:
             yield (f"text.width is {self.width}; it must be a multiple of text.heads {self.heads}")
         if self.frozen and not self.model:
@@ -84,5 +99,5 @@ class TextConfig:
                     f"{given} text.encoder=transformer does not read: it is trained with the "
                     f"network; leave it out, or set text.encoder={' or '.join(FROZEN)}"
                 )
-            elif self.frozen and item.name not in ("model", *OPEN.get(self.frozen, ())):
+            elif self.frozen and item.name not in (*OF_RUN, *OPEN.get(self.frozen, ())):
                 yield f"{given} the model of text.model defines; leave it out"

@@ -63,7 +63,8 @@ def vector_inputs(
     states, added = None, label_embedding(labels, conditioning.labels, t)
     if text is not None:
         states, pooled = text(conditioning, len(t))
-        added = pooled if added is None else pooled + added
+        if pooled is not None:
+            added = pooled if added is None else pooled + added
     elif conditioning.tokens is not None or conditioning.text_states is not None:
         raise ValueError(
             "a text is given, but the network takes none; build it with text, or leave it out"

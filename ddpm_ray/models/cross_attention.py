@@ -22,13 +22,19 @@ from ddpm_ray.models.layers import (
 
 
 class CrossAttention(nn.Module):
-    """Attention of N vectors to L others: [B, N, C], [B, L, W] -> [B, N, C]; 0 at first."""
+    """Attention of N vectors to L others: [B, N, C], [B, L, W] -> [B, N, C]; 0 at first.
 
-    def __init__(self, channels: int, text_width: int, num_heads: int) -> None:
+    With `bias` the projections to query, key and value have one.
+    """
+
+    def __init__(
+        self, channels: int, text_width: int, num_heads: int, *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = dense(channels, channels)
-        self.key_value = nn.Linear(text_width, 2 * channels)  # rows: key, value
+        self.query = nn.Linear(channels, channels, bias=bias)
+        xavier_init(self.query)
+        self.key_value = nn.Linear(text_width, 2 * channels, bias=bias)  # rows: key, value
         xavier_init(self.key_value, fused=2)
         self.out = dense(channels, channels)
         zero_init(self.out)

@@ -54,6 +54,7 @@ class DiTSpec:
     mlp_norm_eps: float = NORM_EPS  # of the norm before each MLP; 1e-5 in weights of diffusers
     text: TextEncoderSpec | FrozenTextSpec | None = None  # None: no text
     embedding_width: int = 0  # of image embeddings; 0: none
+    pools_text: bool = True  # the vector of the whole text is added to the embedding of t
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -126,7 +127,7 @@ class DiT(nn.Module):
         self.modulation_out = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, patch**2 * spec.channels_out)
         self.label = nn.Embedding(classes + 1, width) if classes else None
-        self.text = TextInput(spec.text, width) if spec.text else None
+        self.text = TextInput(spec.text, width, pools=spec.pools_text) if spec.text else None
         self.embedding: EmbeddingInput | None = None
         if spec.embedding_width:
             text_width = spec.text.width if spec.text else None

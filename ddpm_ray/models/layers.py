@@ -90,15 +90,15 @@ def dense(width_in: int, width_out: int) -> nn.Linear:
 
 
 def xavier_init(layer: nn.Conv2d | nn.Linear, fused: int = 1) -> None:
-    """Initialise the weight from U(-a, a), a^2 = 6 / (fan_in + fan_out), and the bias to 0.
+    """Initialise the weight from U(-a, a), a^2 = 6 / (fan_in + fan_out), and a bias to 0.
 
     `fused` is the number of equal layers that the layer combines; fan_out is that of one of them.
     (Glorot and Bengio 2010; Ho et al.'s code: variance scaling, scale 1, average fan, uniform.)
     """
     for part in layer.weight.chunk(fused):
         nn.init.xavier_uniform_(part)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def zero_init(layer: nn.Conv2d | nn.Linear) -> None:
@@ -253,22 +253,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value)
     scaled = query / math.sqrt(query.shape[-1])
     return (scaled @ key.transpose(-2, -1)).softmax(-1) @ value
-
-
-class Stage(nn.Module):
-    """A residual block with optional self-attention after it, and optional attention to a text."""
-
-    def __init__(
-        self, block: ResBlock, attention: Attention | None, text_attention: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.block, self.attention, self.text_attention = block, attention, text_attention
-
-    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> Tensor:
-        """[B, C_in, H, W], [B, E], vectors of a text [B, L, W] -> [B, C_out, H, W]."""
-        h: Tensor = self.block(x, embedding)
-        h = h if self.attention is None else self.attention(h)
-        return h if self.text_attention is None else self.text_attention(h, text)
 
 
 class Downsample(nn.Module):

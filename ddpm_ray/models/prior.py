@@ -82,6 +82,7 @@ class Prior(nn.Module):
         if conditioning.images or conditioning.labels is not None:
             raise ValueError("a prior takes a text alone: leave labels and images out")
         states, pooled = self.text(conditioning, len(t))
+        assert pooled is not None  # TextInput pools by default
         vectors = (
             self.states(states),
             pooled[:, None],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_ray.diffusion.conditioning import NO_TEXT, Conditioning
-from ddpm_ray.models.layers import as_weights, dense, in_heads, zero_init
+from ddpm_ray.models.layers import dense, in_heads, zero_init
 
 
 class EncodedText(NamedTuple):
@@ -137,21 +137,33 @@ class TextInput(nn.Module):
 
     The pooled text is projected and added to the embedding of t (Nichol et al. 2021, "GLIDE",
     arXiv:2112.10741, section 2.3). The projection is 0 at first, so that a network that was trained
-    without text can continue with it. With a FrozenTextSpec it has no encoder until `bind`.
+    without text can continue with it. Without `pools`, nothing is added. With a FrozenTextSpec it
+    has no encoder until `bind`.
     """
 
     encoder: EncodesText | None
+    pooled: nn.Linear | None
 
-    def __init__(self, spec: TextEncoderSpec | FrozenTextSpec, embedding_width: int) -> None:
+    def __init__(
+        self, spec: TextEncoderSpec | FrozenTextSpec, embedding_width: int, *, pools: bool = True
+    ) -> None:
         super().__init__()
         self.encoder = TextEncoder(spec) if isinstance(spec, TextEncoderSpec) else None
-        self.pooled = nn.Linear(spec.pooled_width, embedding_width)
-        zero_init(self.pooled)
+        self.pooled = nn.Linear(spec.pooled_width, embedding_width) if pools else None
+        if self.pooled is not None:
+            zero_init(self.pooled)
+        else:  # with an encoder that is trained elsewhere there is no other tensor
+            self.register_buffer("on_device", torch.zeros(1), persistent=False)
 
     def bind(self, encoder: EncodesText) -> None:
         """Encode texts by `encoder`, which is trained elsewhere and no part of the network."""
         self.encoder = encoder
-        encoder.to(self.pooled.weight.device)
+        encoder.to(self._place.device)
+
+    @property
+    def _place(self) -> Tensor:
+        """A tensor on the network's device, in bfloat16 if its weights are."""
+        return self.get_buffer("on_device") if self.pooled is None else self.pooled.weight
 
     def encode(self, tokens: Tensor | None, batch_size: int) -> EncodedText:
         """Encode tokens [B, L], in the dtype of the weights; without tokens, B times ""."""
@@ -160,7 +172,10 @@ class TextInput(nn.Module):
         if tokens is None:
             tokens = self.encoder.null_tokens.expand(batch_size, -1)
         states, pooled = self.encoder(tokens)
-        return EncodedText(as_weights(states, self.pooled), as_weights(pooled, self.pooled))
+        dtype = self._place.dtype
+        if dtype == torch.bfloat16:
+            states, pooled = states.to(dtype), pooled.to(dtype)
+        return EncodedText(states, pooled)
 
     def encoded(self, conditioning: Conditioning) -> Conditioning:
         """`conditioning` with its texts encoded, for many calls with the same texts."""
@@ -170,18 +185,18 @@ class TextInput(nn.Module):
         states, pooled = self.encode(tokens, len(tokens))
         return replace(conditioning, tokens=None, text_states=states, text_pooled=pooled)
 
-    def forward(self, conditioning: Conditioning, batch_size: int) -> EncodedText:
-        """The vectors [B, L, W] and the projected pooled text; without a text: of ""."""
+    def forward(self, conditioning: Conditioning, batch_size: int) -> tuple[Tensor, Tensor | None]:
+        """The vectors [B, L, W] and the projected pooled text, if any; without a text: of ""."""
         states, pooled = conditioning.text_states, conditioning.text_pooled
         if states is None or pooled is None:
             states, pooled = self.encode(conditioning.tokens, batch_size)
-        return EncodedText(states, self.pooled(pooled))
+        return states, None if self.pooled is None else self.pooled(pooled)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move an encoder that is no part of the network with it; its dtype stays."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's stubs
         if self.encoder is not None and not isinstance(self.encoder, nn.Module):
-            self.encoder.to(self.pooled.weight.device)
+            self.encoder.to(self._place.device)
         return self
 
 

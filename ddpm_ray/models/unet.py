@@ -19,7 +19,6 @@ from ddpm_ray.models.layers import (
     Downsample,
     Resample,
     ResBlock,
-    Stage,
     TimeEmbedding,
     Upsample,
     as_input,
@@ -30,6 +29,8 @@ from ddpm_ray.models.layers import (
     zero_init,
 )
 from ddpm_ray.models.loss_uncertainty import LogVariance
+from ddpm_ray.models.spatial_transformer import SpatialTransformer
+from ddpm_ray.models.stage import Stage
 from ddpm_ray.models.text_encoder import TextInput
 from ddpm_ray.models.unet_spec import UNetSpec
 
@@ -50,6 +51,8 @@ class Parts:
         block, spec = self._block(channels_in, channels_out), self.spec
         if not attends:
             return Stage(block, None)
+        if spec.transformer_depth and spec.text is not None:
+            return Stage(block, None, transformer=SpatialTransformer(channels_out, spec))
         attention, text = Attention(channels_out, spec.groups, spec.variant), None
         if spec.text is not None:
             text = TextAttention(channels_out, spec.text.width, spec.groups, spec.variant)
@@ -93,6 +96,7 @@ class UNet(nn.Module):
     H and W are any multiples of 2**(levels - 1). With `num_classes` in its spec it takes labels and
     learns an embedding for images without a label (Ho and Salimans 2022, arXiv:2207.12598). With
     `text` it takes the tokens of texts and encodes them, with `embedding_width` image embeddings.
+    With `transformer_depth`, and without `pools_text`, it is the network of Stable Diffusion.
     With `condition_channels` it takes conditioning images, concatenated to x_t. With
     `learns_variance` the output is [B, 2C, H, W], the second half for the variance (Nichol and
     Dhariwal 2021, arXiv:2102.09672, section 3.1). With `learns_uncertainty` it holds a module that
@@ -131,7 +135,9 @@ class UNet(nn.Module):
         self.conv_out = conv(channels, spec.image_channels * (2 if spec.learns_variance else 1))
         zero_init(self.conv_out)
         self.label = nn.Embedding(classes + 1, parts.time_width) if classes else None
-        self.text = TextInput(spec.text, parts.time_width) if spec.text else None
+        self.text: TextInput | None = None
+        if spec.text:
+            self.text = TextInput(spec.text, parts.time_width, pools=spec.pools_text)
         self.embedding: EmbeddingInput | None = None
         if spec.embedding_width:
             text_width = spec.text.width if spec.text else None

@@ -13,7 +13,8 @@ class UNetSpec:
 
     Level i has base_channels * channel_mults[i] channels at H / 2**i x W / 2**i. It has attention
     if its downsampling factor 2**i is one of `attention_factors`; the middle always has. Where it
-    has attention, it also attends to the text, if there is one.
+    has attention, it also attends to the text, if there is one. With `transformer_depth` a spatial
+    transformer attends to both, as in Stable Diffusion.
     """
 
     image_channels: int
@@ -29,6 +30,8 @@ class UNetSpec:
     variant: Variant = HO  # details in which published networks differ
     text: TextEncoderSpec | FrozenTextSpec | None = None  # None: no text
     embedding_width: int = 0  # of image embeddings; 0: none
+    transformer_depth: int = 0  # blocks of each spatial transformer; 0: attentions of their own
+    pools_text: bool = True  # the vector of the whole text is added to the embedding of t
 
     @property
     def widths(self) -> list[int]:
@@ -47,6 +50,11 @@ class UNetSpec:
                 f"base_channels is {base_channels}, the levels' channels are {widths} and "
                 f"blocks_per_level is {self.blocks_per_level}; there must be a level, every number "
                 "must be at least 1 and base_channels even"
+            )
+        if self.transformer_depth < 0 or (self.transformer_depth and self.text is None):
+            raise ValueError(
+                f"transformer_depth is {self.transformer_depth}; a spatial transformer attends to "
+                "a text: build the network with text, or use 0"
             )
         for channels in (base_channels, *widths):
             if self.groups < 1 or channels % self.groups:

@@ -81,8 +81,9 @@ class ImportConfig:
             if self.layout == "diffusers" and group not in ("layout", "sampling"):
                 yield f"{key} is given; layout=diffusers reads it from the folder: leave it out"
             heads = group == "guided_diffusion" or key == "model.head_channels"
-            if self.layout == "ho" and heads:
-                yield f"{key} is given; layout=ho has no such option: leave it out"
+            takes_text = self.layout != "diffusers" and key == "model.transformer_depth"
+            if (self.layout == "ho" and heads) or takes_text:
+                yield f"{key} is given; layout={self.layout} has no such option: leave it out"
 
     @property
     def _sampled_model(self) -> SampledModel:

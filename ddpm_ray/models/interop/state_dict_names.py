@@ -12,7 +12,8 @@ from torch import nn
 
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.models.dit import DiT
-from ddpm_ray.models.layers import ResBlock, Stage
+from ddpm_ray.models.layers import ResBlock
+from ddpm_ray.models.stage import Stage
 from ddpm_ray.models.unet import UNet
 
 Table: TypeAlias = dict[str, tuple[str, ...]]
@@ -32,6 +33,19 @@ DIFFUSERS_ATTENTION: Parts = {
     "out": ("to_out.0",),
 }
 
+DIFFUSERS_TRANSFORMER: Parts = {  # a block of a spatial transformer
+    "norm_1": ("norm1",),
+    "query_key_value": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attention_out": ("attn1.to_out.0",),
+    "norm_2": ("norm2",),
+    "text_attention.query": ("attn2.to_q",),
+    "text_attention.key_value": ("attn2.to_k", "attn2.to_v"),
+    "text_attention.out": ("attn2.to_out.0",),
+    "norm_3": ("norm3",),
+    "mlp_in": ("ff.net.0.proj",),
+    "mlp_out": ("ff.net.2",),
+}
+
 
 class ModuleLocation(NamedTuple):
     """The position of a stage, or of the layer that resamples after it, in the U-Net."""
@@ -44,7 +58,7 @@ class ModuleLocation(NamedTuple):
 
 
 def diffusers(network: UNet) -> Table:
-    """Names in `UNet2DModel`."""
+    """Names in `UNet2DModel`, or in `UNet2DConditionModel` of a network that attends to a text."""
     block, attention = DIFFUSERS_BLOCK, DIFFUSERS_ATTENTION
     table = _single(
         conv_in="conv_in", norm_out="conv_norm_out", conv_out="conv_out", label="class_embedding"
@@ -53,6 +67,8 @@ def diffusers(network: UNet) -> Table:
     for number in (0, 1):
         _add(table, f"middle_{number + 1}.block", f"mid_block.resnets.{number}", block)
     _add(table, "middle_1.attention", "mid_block.attentions.0", attention)
+    transformer = _transformer(network.spec.transformer_depth)
+    _add(table, "middle_1.transformer", "mid_block.attentions.0", transformer)
     top = max(entry.level for entry in down(network))
     for side, entries in (("down", down(network)), ("up", up(network))):
         for entry in entries:
@@ -60,12 +76,9 @@ def diffusers(network: UNet) -> Table:
             home = f"{side}_blocks.{level}"
             if isinstance(entry.module, Stage):
                 _add(table, f"{entry.ours}.block", f"{home}.resnets.{entry.number}", block)
-                _add(
-                    table,
-                    f"{entry.ours}.attention",
-                    f"{home}.attentions.{entry.number}",
-                    attention,
-                )
+                theirs = f"{home}.attentions.{entry.number}"
+                _add(table, f"{entry.ours}.attention", theirs, attention)
+                _add(table, f"{entry.ours}.transformer", theirs, transformer)
             else:
                 _resampler(table, entry, f"{home}.{side}samplers.0", block, "conv")
     return _present(table, network)
@@ -198,6 +211,16 @@ def up(network: UNet) -> Iterator[ModuleLocation]:
         number += 1
         if not isinstance(module, Stage):
             level, number = level - 1, 0
+
+
+def _transformer(depth: int) -> Parts:
+    """The parts of a spatial transformer with `depth` blocks, in diffusers' Transformer2DModel."""
+    parts: Table = {name: (name,) for name in ("norm", "proj_in", "proj_out")}
+    for number in range(depth):
+        for ours, theirs in DIFFUSERS_TRANSFORMER.items():
+            home = f"transformer_blocks.{number}"
+            parts[f"blocks.{number}.{ours}"] = tuple(f"{home}.{name}" for name in theirs)
+    return parts
 
 
 def _single(**names: str) -> Table:
