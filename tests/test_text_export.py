@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,18 +13,30 @@ pytest.importorskip("tokenizers", reason="needs the extra [text]")
 pytest.importorskip("transformers", reason="needs the extra [text]")
 
 import ddpm_ray
-from ddpm_ray.assembly import run_config
+from ddpm_ray.assembly import run_config, training_run
+from ddpm_ray.assembly.checkpoint_loading import with_sampling
+from ddpm_ray.assembly.frozen_text import text_model
+from ddpm_ray.assembly.text_export import write_text_encoder
 from ddpm_ray.cli.main import main
+from ddpm_ray.config.loading import load_config, to_dict
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.counter_rng import Purpose, normal
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.jobs import export
+from ddpm_ray.models.contrastive import ContrastiveEncoders, ContrastiveSpec
+from ddpm_ray.models.frozen_text import ContrastiveText, FrozenText
 from ddpm_ray.models.interop.clip_text import clip_text_config, clip_text_limits
-from ddpm_ray.models.text_encoder import TextEncoder, TextEncoderSpec
+from ddpm_ray.models.text_encoder import FrozenTextSpec, TextEncoder, TextEncoderSpec
 from tests.data.latent_sets import TINY_UNET, encode_noise
-from tests.test_export_job import latent_run
+from tests.models.transformers_folders import L, write_folder
+from tests.test_export_job import committed, latent_run
 from tests.test_sampled_as_configured import TEXT, saved_run
 
 TEXTS = ["a cat", "", "A Cat, a dog; a bird and a fish", "caf\u00e9"]
 DIT = ("model.network=dit", "model.depth=1", "model.hidden_size=8", "model.heads=2")
+TRANSFORMER = ("model.transformer_depth=1", "text.pooled=false")  # as in Stable Diffusion
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -37,7 +50,7 @@ def test_tokens_and_vectors_are_those_of_transformers(
     result = json.loads(capsys.readouterr().out)
     assert result["parts"] == ["text_encoder", "tokenizer"]
     assert result["pipeline"] == ""
-    assert result["no_equivalent"][0].startswith("unet (a stage of ours attends to the pixels")
+    assert "train with model.transformer_depth=1)" in result["no_equivalent"][0]
     model = ddpm_ray.load(tmp_path / "run")
     own: Any = model.denoiser.network
     tokenizer = model.denoiser.takes.tokenizer
@@ -103,3 +116,120 @@ def test_a_model_of_latents_and_texts_is_written_with_its_autoencoder(
     with torch.inference_mode():
         found = vae.decode(x_0).sample.clamp(-1, 1)
     torch.testing.assert_close(found, pixels, rtol=0, atol=1.1 / 127.5)
+
+
+@pytest.mark.parametrize(
+    "settings, call",
+    [
+        (
+            ["sampling.guidance_scale=3", "sampling.negative_prompt=a dog"],
+            {"eta": 0.0, "guidance_scale": 3.0, "negative_prompt": ["a dog"] * 2},
+        ),
+        (
+            ["sampling.sampler=dpm_solver_pp", "sampling.guidance_scale=2"],
+            {"guidance_scale": 2.0},
+        ),
+        (
+            ["sampling.guidance_scale=4", "sampling.guidance_rescale=0.7", "sampling.steps=10"],
+            {"eta": 0.0, "guidance_scale": 4.0, "guidance_rescale": 0.7, "num_inference_steps": 10},
+        ),
+    ],
+    ids=["negative prompt", "dpm_solver_pp", "rescale"],
+)
+@pytest.mark.filterwarnings("ignore")  # of diffusers: numpy 2
+def test_the_pipeline_of_stable_diffusion_draws_the_images_of_the_model(
+    settings: list[str], call: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the same noise, with guidance: to a level of 255, after its decoder and rounding."""
+    diffusers: Any = pytest.importorskip("diffusers", reason="needs the extra [dev]")
+    tokenizer = run_config.tokenizer_facts(Tokenizer.trained(["a cat", "a dog"], 300, 6))
+    keys = (*TINY_UNET, *TEXT, *TRANSFORMER, "model.head_channels=4")
+    run = latent_run(tmp_path / "run", encode_noise(tmp_path, 12), *keys, **tokenizer)
+    out, prompts = tmp_path / "out", ["a cat", "a dog and a cat"]
+    words = [run, "--out", str(out), "sampling.prompts=[a cat,a dog and a cat]", *settings]
+    assert main(export.JOB, words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["pipeline"] == "StableDiffusionPipeline"
+    assert result["no_equivalent"] == []
+    assert result["call"] == {"prompt": prompts, "num_inference_steps": 5, **call}
+    model = ddpm_ray.load(run, "cpu")
+    model = with_sampling(model, config_of(settings))
+    expected = model.sample(2, prompts=prompts).astype(int)
+    shape = model.denoiser.codec.shape(model.image_shape)
+    noise = normal(model.settings.seed, Purpose.SAMPLE_START, 0, torch.arange(2), shape)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(**result["call"], latents=noise, output_type="np").images
+    assert expected.std() > 10
+    assert np.abs(expected[0] - expected[1]).max() > 10
+    assert np.abs((found * 255).round() - expected).max() <= 1
+
+
+def config_of(settings: list[str]) -> SamplingSettings:
+    keys = ["name=a", "data.url=b", "schedule.num_steps=10", "sampling.steps=5", *TEXT, *settings]
+    return load_config(RunConfig, None, keys).sampling
+
+
+def test_a_frozen_text_encoder_is_written_with_equal_vectors(tmp_path: Path) -> None:
+    """CLIP's text model of transformers, and that of a contrastive run; T5 is no CLIPTextModel."""
+    transformers: Any = importlib.import_module("transformers")
+    found = text_model("transformers", str(write_folder(tmp_path / "clip", "CLIPTextModel")), L)
+    torch.manual_seed(0)
+    null = found.tokenizer.null_tokens
+    spec = TextEncoderSpec(found.tokenizer.vocabulary, found.tokenizer.end_token, null, 8, 1, 2)
+    encoders = ContrastiveEncoders(ContrastiveSpec(3, 4, (1,), 1, 2, 6, spec)).eval()
+    of_run = FrozenText(ContrastiveText(encoders), FrozenTextSpec(8, 6, null))
+    rows = found.tokenizer.encode(["a cat", ""])
+    for name, encoder in (("a", found.load()), ("b", of_run)):
+        assert write_text_encoder(encoder, found.tokenizer, tmp_path / name)
+        theirs = transformers.CLIPTextModel.from_pretrained(tmp_path / name).eval()
+        with torch.inference_mode():
+            expected = theirs(rows).last_hidden_state
+            states = encoder(rows).states
+        torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+    t5 = text_model("transformers", str(write_folder(tmp_path / "t5", "T5EncoderModel")), L)
+    assert not write_text_encoder(t5.load(), t5.tokenizer, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "keys, parts, line",
+    [
+        (
+            TRANSFORMER[:1],
+            ["text_encoder", "tokenizer"],
+            "unet (UNet2DConditionModel adds no vector of the whole text to the embedding of t: "
+            "train with text.pooled=false)",
+        ),
+        (DIT, ["text_encoder", "tokenizer"], "transformer (DiTTransformer2DModel takes no text)"),
+        (
+            (*TRANSFORMER, "model.num_classes=0"),
+            ["unet", "text_encoder", "tokenizer"],
+            "pipeline (StableDiffusionPipeline draws latents alone: sample it step by step, as "
+            "docs/toolbox.md shows)",
+        ),
+    ],
+    ids=["pooled", "dit", "pixels"],
+)
+def test_what_has_no_pipeline_says_why(
+    keys: tuple[str, ...],
+    parts: list[str],
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = "model.network=dit" not in keys
+    tiny = ["model.base_channels=4", "model.groups=2", "model.channel_mults=[1]"]
+    sizes = [*tiny, "model.blocks_per_level=1", "model.attention_factors=[1]"] if own else []
+    config = load_config(RunConfig, None, ["name=a", "data.url=b", *sizes, *TEXT, *keys])
+    tokenizer = Tokenizer.trained(["a cat"], 300, 6)
+    facts = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": ""}
+    facts |= run_config.tokenizer_facts(tokenizer)
+    image_shape = ImageShape(8, 8, 1)
+    state = training_run.training_state(config, image_shape, torch.device("cpu"), facts)
+    run, out = committed(tmp_path / "run", state), tmp_path / "out"
+    assert main(export.JOB, [run, "--out", str(out)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["pipeline"], result["parts"]) == ("", parts)
+    assert line in result["no_equivalent"]
+    assert not (out / "model_index.json").exists()

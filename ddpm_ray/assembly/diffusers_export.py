@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ddpm_ray.assembly.text_export import write_with_text
 from ddpm_ray.config.loading import from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
@@ -14,27 +15,13 @@ from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.models.autoencoder import AutoencoderSpec
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.interop import autoencoder_kl, diffusers_folders
-from ddpm_ray.models.interop.clip_text import clip_text_limits, write_clip_text
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.models.interop.diffusers_files import write_json
 from ddpm_ray.models.interop.diffusers_pipelines import Export
-from ddpm_ray.models.interop.diffusers_schedulers import (
-    Facts,
-    settings_without_equivalent,
-    to_sampling_scheduler,
-)
-from ddpm_ray.models.text_encoder import TextEncoder
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 
-NO_UNET = (
-    "unet (a stage of ours attends to the pixels and then to the text, with a group norm for each; "
-    "one of UNet2DConditionModel does one of the two so, or both with layer norms and an MLP "
-    "between two projections; and no pipeline adds the pooled text to the embedding of t)"
-)
-NO_DIT = "transformer (DiTTransformer2DModel takes no text)"
 NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"
 """Schedules that diffusers knows by name; others are exported as betas."""
 
@@ -43,9 +30,9 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
     """Write `model` for diffusers' `from_pretrained`; return the exported sampling settings.
 
     A model of latents is written with its autoencoder, into which the standardisation of its
-    latents is folded. Of a model of texts the parts with an equivalent are written: see
-    `_write_parts_with_text`. Raises UnsupportedModelError for another model without an equivalent
-    in diffusers, and StorageError.
+    latents is folded. Of a model of texts the parts with an equivalent are written, or all of a
+    StableDiffusionPipeline: see `write_with_text`. Raises UnsupportedModelError for another model
+    without an equivalent in diffusers, and StorageError.
     """
     network, codec = model.denoiser.network, model.denoiser.codec
     assert isinstance(network, UNet | DiT)
@@ -54,7 +41,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
         raise UnsupportedModelError(
             str(model.provenance["checkpoint"]),
             "it was trained with objective.inpainting_masks; diffusers has no pipeline for an "
-            "inpainting model without text",
+            "inpainting model without text, and a model with text is not written for its own",
         )
     schedule = config.schedule
     if schedule.kind not in NAMED_BY_DIFFUSERS or schedule.rescale or schedule.zero_terminal_snr:
@@ -70,7 +57,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
         "sampling": to_dict(replace(sampling, clip=clip)),
     }
     if network.spec.text is not None:
-        return _write_parts_with_text(model, facts, folder, autoencoder)
+        return write_with_text(model, facts, folder, autoencoder)
     return diffusers_folders.write_folder(
         folder,
         network.spec,
@@ -80,44 +67,6 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
         object_store.write_bytes,
         autoencoder=autoencoder,
         label_names=names,
-    )
-
-
-def _write_parts_with_text(
-    model: TrainedModel,
-    facts: Facts,
-    folder: Path,
-    autoencoder: tuple[AutoencoderSpec, dict[str, Tensor]] | None,
-) -> Export:
-    """Write tokenizer, text encoder, scheduler and autoencoder; the network has no equivalent.
-
-    The text encoder is transformers' CLIPTextModel; one that is trained elsewhere is left where it
-    is. Raises UnsupportedModelError, StorageError.
-    """
-    network, tokenizer = model.denoiser.network, model.denoiser.takes.tokenizer
-    assert isinstance(network, UNet | DiT)
-    assert network.text is not None
-    assert tokenizer is not None
-    text, write = network.text.encoder, object_store.write_bytes
-    missing = [NO_UNET if isinstance(network, UNet) else NO_DIT]
-    parts: tuple[str, ...] = ("tokenizer",)
-    scheduler = to_sampling_scheduler(facts, network.spec.image_channels, splits_variance=False)
-    if isinstance(text, TextEncoder):
-        weights, start = text.state_dict(), tokenizer.start_token
-        write_clip_text(f"{folder}/text_encoder", text.spec, weights, start, write)
-        missing += clip_text_limits(text.spec)
-        parts = ("text_encoder", "tokenizer")
-    else:
-        missing.append("text encoder (it is trained elsewhere: text.model names it)")
-    for name, content in tokenizer.for_transformers().items():
-        write(f"{folder}/tokenizer/{name}", content.encode())
-    if autoencoder is not None:
-        size, unscaled = model.image_shape[:2], autoencoder_kl.UNSCALED
-        autoencoder_kl.write_folder(folder / "vae", *autoencoder, size, write, pipeline=unscaled)
-        parts = (*parts, "vae")
-    write_json(f"{folder}/scheduler/scheduler_config.json", scheduler, write)
-    return Export(
-        scheduler, "", {}, (*missing, *settings_without_equivalent(facts, scheduler)), parts
     )
 
 

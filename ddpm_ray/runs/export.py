@@ -40,7 +40,7 @@ def _export(
             )
         return _export_autoencoder(model_uri, out)
     model = load_model.load(
-        model_uri, home=home, autoencoder=config.autoencoder, text_model=config.text_model
+        model_uri, "cpu", home=home, autoencoder=config.autoencoder, text_model=config.text_model
     )
     model = checkpoint_loading.with_sampling(model, config.sampling)
     export = diffusers_export.write_diffusers(model, config.sampling, out)

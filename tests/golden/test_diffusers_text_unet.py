@@ -3,7 +3,6 @@
 The truth is diffusers itself, with random weights, in float64.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +77,6 @@ CONFIGS = {
         "norm_eps": 1e-6,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine two threads take 100 times as long for layers as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def disturbed(model: Any) -> Any:

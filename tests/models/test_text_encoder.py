@@ -9,16 +9,24 @@ from torch import Tensor, nn
 
 from ddpm_ray.diffusion.conditioning import NO_TEXT, Conditioning
 from ddpm_ray.models.dit import DiT, DiTSpec
-from ddpm_ray.models.text_encoder import TextEncoder, TextEncoderSpec, TextInput
+from ddpm_ray.models.frozen_text import FrozenText
+from ddpm_ray.models.spatial_transformer import SpatialTransformer
+from ddpm_ray.models.text_encoder import FrozenTextSpec, TextEncoder, TextEncoderSpec, TextInput
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
+from ddpm_ray.training.bf16_weights import Bf16Weights
 
 START, END = 40, 41
 NULL = (START, END, END, END, END, END)
 TEXT = TextEncoderSpec(42, END, NULL, width=16, depth=2, heads=2)
 UNET = UNetSpec(3, 16, (1, 2), 1, (2,), groups=8, text=TEXT)
 DIT = DiTSpec((8, 8), 3, 2, 2, 16, 2, text=TEXT)
-NETWORKS = {"unet": lambda: UNet(UNET), "dit": lambda: DiT(DIT)}
+STABLE_DIFFUSION = replace(UNET, transformer_depth=2, pools_text=False)
+NETWORKS = {
+    "unet": lambda: UNet(UNET),
+    "dit": lambda: DiT(DIT),
+    "transformer": lambda: UNet(STABLE_DIFFUSION),
+}
 TOKENS = torch.tensor(
     [[START, 3, 4, END, END, END], [START, 5, 6, 7, 8, END], [START, END, END, END, END, END]]
 )
@@ -28,7 +36,7 @@ X_T, T = (
 )
 
 
-@pytest.fixture(params=["unet", "dit"])
+@pytest.fixture(params=[*NETWORKS])
 def network(request: pytest.FixtureRequest) -> nn.Module:
     """A network with a text, all of whose weights are random: none is 0."""
     torch.manual_seed(0)
@@ -147,11 +155,56 @@ def test_encoded_texts_replace_their_tokens(network: nn.Module) -> None:
         encoded.null()
 
 
+def test_a_spatial_transformer_is_the_identity_at_first() -> None:
+    """So that the network begins as one without attention; its own output is 0 all the same."""
+    torch.manual_seed(0)
+    begun = UNet(STABLE_DIFFUSION)
+    assert not begun(X_T, T, Conditioning(tokens=TOKENS)).any()
+    transformer, h = begun.middle_1.transformer, torch.randn(2, 32, 4, 4)
+    assert isinstance(transformer, SpatialTransformer)
+    assert torch.equal(transformer(h, torch.randn(2, 6, 16)), h)
+
+
+def test_without_the_pooled_text_the_order_of_vectors_is_all_that_a_network_loses() -> None:
+    """Attention has no positions: texts with the same vectors in another order are one text."""
+    torch.manual_seed(0)
+    network = UNet(STABLE_DIFFUSION).double()
+    for weight in network.parameters():
+        nn.init.normal_(weight, std=0.1)
+    states, pooled = torch.randn(3, 6, 16).double(), torch.randn(3, 16).double()
+    found = [
+        network(X_T.double(), T, Conditioning(text_states=one, text_pooled=other))
+        for one, other in ((states, pooled), (states.flip(1), -pooled))
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+def test_a_frozen_text_without_pooling_leaves_no_tensor_and_is_cast_as_the_weights() -> None:
+    """Nothing in the state dict says that there is a text, and bfloat16 weights see bfloat16."""
+    spec = FrozenTextSpec(4, 4, NULL)
+    text = TextInput(spec, 8, pools=False)
+    assert not text.state_dict()
+    text.bind(FrozenText(Encoded(), spec))
+    for network, dtype in ((text, torch.float32), (Bf16Weights(text).network, torch.bfloat16)):
+        assert isinstance(network, TextInput)
+        states, pooled = network(Conditioning(tokens=TOKENS), 3)
+        assert (states.dtype, pooled) == (dtype, None)
+
+
+class Encoded(nn.Module):
+    """A text encoder of ones."""
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones(*tokens.shape, 4), torch.ones(len(tokens), 4)
+
+
 def test_a_text_for_a_network_without_is_refused() -> None:
     """The error names the input."""
     plain = UNet(replace(UNET, text=None))
     with pytest.raises(ValueError, match="a text is given, but the network takes none"):
         plain(X_T, T, Conditioning(tokens=TOKENS))
+    with pytest.raises(ValueError, match="transformer_depth is 2; a spatial transformer attends"):
+        UNet(replace(STABLE_DIFFUSION, text=None))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
@@ -196,6 +197,12 @@ class ClipText(nn.Module):
         if self.projection is not None:
             pooled = self.projection(pooled)
         return EncodedText(found.last_hidden_state, pooled)
+
+    def files(self) -> dict[str, bytes]:
+        """The files of a CLIPTextModel without projection, by name."""
+        tensors = {name: one.contiguous() for name, one in self.text.state_dict().items()}
+        config = self.text.config.to_json_string().encode()
+        return {WEIGHTS: save(tensors, {"format": "pt"}), CONFIG: config}
 
 
 class T5Text(nn.Module):
