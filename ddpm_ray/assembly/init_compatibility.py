@@ -105,7 +105,10 @@ def learned_anew(
             f"was trained on embeddings of the image encoder of sha256 {theirs_image[:12]}, and "
             f"this run is on those of {image_encoder[:12]}, which it has to learn"
         )
-    if isinstance(found.spec, WITHOUT_IMAGES) or _skips_inputs(found.spec, config):
+    if isinstance(found.spec, WITHOUT_IMAGES):
+        return
+    yield from _other_text(found.spec, config)
+    if _skips_inputs(found.spec, config):
         return
     given = _conditions(config.objective)
     if found.spec.condition_channels and given and not _conditions(found.objective):
@@ -113,6 +116,21 @@ def learned_anew(
         yield (
             f"does not say which conditioning images its network sees; this run gives it "
             f"{' and '.join(given)}"
+        )
+
+
+def _other_text(spec: UNetSpec | DiTSpec, config: RunConfig) -> Iterator[str]:
+    """Yield a line for attentions of another form, and for a pooled text that is not added."""
+    ours = config.model.transformer_depth
+    if isinstance(spec, UNetSpec) and spec.transformer_depth != ours:
+        yield (
+            f"has model.transformer_depth={spec.transformer_depth}, and this run {ours}, whose "
+            "attentions it has to learn"
+        )
+    if spec.text is not None and spec.pools_text and config.takes_text and not config.text.pooled:
+        yield (
+            "adds the vector of the whole text to the embedding of t, and this run has "
+            "text.pooled=false, which it has to learn"
         )
 
 

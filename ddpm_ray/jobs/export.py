@@ -12,7 +12,8 @@ the pipeline of diffusers and the arguments of its call.
 A model of latents is written with its autoencoder. The standardisation of the latents is folded
 into the autoencoder's 1x1 convolutions, so that scaling_factor is 1. MODEL_URI may also be the run
 of an autoencoder: FOLDER is then an AutoencoderKL. Of a model of texts FOLDER has the text encoder,
-tokenizer, scheduler and autoencoder: diffusers has no equivalent of the network (docs/text.md).
+tokenizer, scheduler and autoencoder, and with the network of Stable Diffusion it is the folder of a
+StableDiffusionPipeline (docs/text.md).
 """
 
 import sys

@@ -29,7 +29,7 @@ MLP_RATIO = 4  # width inside the MLP, as a multiple of C
 
 
 class TransformerSizes(Protocol):
-    """What a network's spatial transformers have in common; a UNetSpec with text has it."""
+    """Sizes of the spatial transformers of a network; a UNetSpec with text has them."""
 
     @property
     def groups(self) -> int:

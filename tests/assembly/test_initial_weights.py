@@ -271,6 +271,33 @@ def test_token_embeddings_of_another_tokenizer_are_refused_unless_left_out(
     initial_weights.check_initial_weights(source, without, SHAPE, tokenizer=ours)
 
 
+def test_attentions_of_another_form_give_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights of all other layers are taken; those of equal forms give none."""
+    pytest.importorskip("tokenizers", reason="needs the extra [text]")
+    base, tokenizer = [*RUN, *UNET, *TEXT], Tokenizer.trained(["aa"], 259, 6)
+    config = load_config(RunConfig, None, base)
+    facts = {"config": to_dict(config), "image_shape": list(SHAPE), "data_fingerprint": "none"}
+    state = training_run.training_state(config, SHAPE, CPU, facts | tokenizer_facts(tokenizer))
+    CheckpointStore(str(tmp_path / CHECKPOINTS)).save(state.snapshot([]))
+    where = f"training.init_from={tmp_path}"
+    for keys, warned in (
+        (["model.transformer_depth=2", "text.pooled=false"], (True, True)),
+        (["model.transformer_depth=2"], (True, False)),
+        ([], (False, False)),
+    ):
+        caplog.clear()
+        ours = load_config(RunConfig, None, [*base, *keys, where])
+        source = initial_weights.find_initial_weights(ours.training)
+        initial_weights.check_initial_weights(source, ours, SHAPE, tokenizer=tokenizer)
+        says = (
+            "has model.transformer_depth=0, and this run 2, whose attentions it has to learn",
+            "and this run has text.pooled=false, which it has to learn",
+        )
+        assert tuple(line in caplog.text for line in says) == warned
+
+
 def test_a_diffusers_folder_gives_the_weights_it_was_written_from(tmp_path: Path) -> None:
     source = trained(tmp_path / "run", 3)
     model = checkpoint_loading.trained_model(str(tmp_path / "run"))

@@ -78,3 +78,18 @@ def test_an_autoencoder_and_a_classifier_are_counted() -> None:
     assert training_operations(autoencoder, shape) > 3 * 2 * 2 * (3 * 4 * 9 * 64)
     doubled = training_operations(autoencoder, ImageShape(16, 16, 3))
     assert doubled == 4 * training_operations(autoencoder, shape)
+
+
+def test_a_block_of_a_spatial_transformer_takes_what_its_sizes_say() -> None:
+    """At 6 places: 2 + 3 stages of the second level, and the middle. Multiply-adds of a block."""
+    text = ("text.encoder=transformer", "text.length=7", "text.width=12", "text.depth=1")
+    keys = (*SMALL, "model.groups=8", *text, "text.pooled=false")
+    one, two = (
+        training_operations(config(*keys, f"model.transformer_depth={n}"), ImageShape(8, 8, 3))
+        for n in (1, 2)
+    )
+    n, c, length, width = 4 * 4, 32, 7, 12
+    itself = 4 * n * c * c + 2 * n * n * c
+    to_text = 2 * n * c * c + 2 * length * width * c + 2 * n * length * c
+    mlp = n * c * 8 * c + n * 4 * c * c
+    assert two - one == 3 * 2 * 6 * (itself + to_text + mlp)

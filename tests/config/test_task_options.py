@@ -135,3 +135,39 @@ def test_an_option_of_contrastive_models_is_refused_for_other_tasks(task: tuple[
     assert complaints(*task, "contrastive.width=5") == [
         "contrastive.width is 5; only task=contrastive uses it: leave it out"
     ]
+
+
+@pytest.mark.parametrize(
+    "keys, line",
+    [
+        (
+            ("model.transformer_depth=2",),
+            "model.transformer_depth is 2; a spatial transformer attends to a text: set "
+            "text.encoder=transformer, or model.transformer_depth=0",
+        ),
+        (
+            ("model.transformer_depth=2", "model.network=dit", "text.encoder=transformer"),
+            "model.transformer_depth is 2, which model.network=dit does not read; leave it out, or "
+            "set model.transformer_depth=0",
+        ),
+        (
+            (*CONTRASTIVE, "text.pooled=false"),
+            "text.pooled is false; a contrastive model needs the vector of the whole text: leave "
+            "it out",
+        ),
+        (
+            ("text.pooled=false",),
+            "text.pooled is False, which text.encoder=none does not read; leave it out, or set "
+            "text.encoder=transformer",
+        ),
+    ],
+)
+def test_options_of_stable_diffusion_need_a_text(keys: tuple[str, ...], line: str) -> None:
+    assert complaints(*keys) == [line]
+
+
+def test_a_frozen_text_encoder_takes_the_options_of_stable_diffusion() -> None:
+    text = ["text.encoder=transformers", "text.model=models/clip", "text.length=77"]
+    keys = ["name=a", "data.url=d", *text, "text.pooled=false", "model.transformer_depth=1"]
+    config = load_config(RunConfig, None, keys)
+    assert (config.model.transformer_depth, config.text.pooled) == (1, False)
