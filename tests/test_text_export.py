@@ -163,6 +163,9 @@ def test_the_pipeline_of_stable_diffusion_draws_the_images_of_the_model(
     assert expected.std() > 10
     assert np.abs(expected[0] - expected[1]).max() > 10
     assert np.abs((found * 255).round() - expected).max() <= 1
+    back = ddpm_ray.load(out, "cpu")  # with the settings that the job was given
+    assert back.settings.guidance_scale == call["guidance_scale"]
+    assert np.abs(back.sample(2, prompts=prompts) - expected).max() <= 1
 
 
 def config_of(settings: list[str]) -> SamplingSettings:

@@ -175,12 +175,14 @@ def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
     latents, which our runs have, gets them as the identity.
     """
     if diffusers_folders.holds_model(url):
-        read = diffusers_folders.read_folder(url)
+        read, tokenizer = other_libraries.read_diffusers(Path(url))
         sha256 = hashlib.sha256(safetensors.save(read.tensors)).hexdigest()
         objective = ObjectiveConfig(**read.facts["objective"])
         codec: CodecName = "latents" if read.autoencoder else "pixels"
-        found = read.tensors, read.spec
-        return TrainedWeights(url, 0, sha256, *found, objective=objective, codec=codec)
+        found = TrainedWeights(
+            url, 0, sha256, read.tensors, read.spec, "denoiser", objective, codec
+        )
+        return found._replace(tokenizer_sha256=tokenizer.sha256 if tokenizer else "")
     if autoencoder_kl.in_folder(url):
         vae = trained_autoencoder(url)
         held = vae.model.spec, vae.model.state_dict()
@@ -265,6 +267,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     config, tensors = model.config, model.tensors
     network = UNet(model.spec) if isinstance(model.spec, UNetSpec) else DiT(model.spec)
     network.load_state_dict(tensors)
+    network.to(device).eval().requires_grad_(False)
     origin = {
         "checkpoint": str(folder),
         "step": None,  # unknown
@@ -273,7 +276,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         "data_fingerprint": "",
     }
     return TrainedModel(
-        denoiser(config, network.to(device).eval().requires_grad_(False), device, model.codec),
+        denoiser(config, network, device, model.codec, model.tokenizer),
         model.image_shape,
         origin,
         device=device,

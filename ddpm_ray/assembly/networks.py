@@ -158,7 +158,8 @@ def text_encoder_spec(config: TextConfig, tokenizer: Tokenizer | None) -> TextEn
     vocabulary, end, null = config.vocabulary, 1, (0, *[1] * (config.length - 1))
     if tokenizer is not None:
         vocabulary, end, null = tokenizer.vocabulary, tokenizer.end_token, tokenizer.null_tokens
-    return TextEncoderSpec(vocabulary, end, null, config.width, config.depth, config.heads)
+    sizes = config.width, config.depth, config.heads
+    return TextEncoderSpec(vocabulary, end, null, *sizes, quick_gelu=config.quick_gelu)
 
 
 def unet_spec(config: RunConfig, image_shape: ImageShape, variant: Variant = HO) -> UNetSpec:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.latents import codec_facts
+from ddpm_ray.assembly.run_config import tokenizer_facts
 from ddpm_ray.config.autoencoder import AutoencoderConfig
 from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.loading import ConfigError, to_dict
@@ -20,13 +21,22 @@ from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
+from ddpm_ray.config.text import TextConfig
 from ddpm_ray.data.codec import PIXELS, Codec, diffused_shape
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.dit import DiTSpec
 from ddpm_ray.models.interop import autoencoder_kl, convert, diffusers_folders
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
+from ddpm_ray.models.interop.diffusers_folders import DiffusersModel
+from ddpm_ray.models.interop.stable_diffusion_folder import (
+    is_stable_diffusion,
+    read_stable_diffusion,
+    read_tokenizer_files,
+)
 from ddpm_ray.models.layers import GUIDED, HO, Variant
+from ddpm_ray.models.text_encoder import TextEncoderSpec
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training.state import Snapshot
@@ -43,14 +53,30 @@ class OtherModel(NamedTuple):
     image_shape: ImageShape
     codec: Codec = PIXELS  # of latents: bound to their autoencoder
     label_names: tuple[str, ...] | None = None  # of classes 0, 1, ...; None: unknown
+    tokenizer: Tokenizer | None = None  # of its texts; None: it takes none
+
+
+def read_diffusers(folder: Path) -> tuple[DiffusersModel, Tokenizer | None]:
+    """Read the model in a folder of diffusers, and its tokenizer if it takes texts.
+
+    Raises UnsupportedModelError, TokenizerError.
+    """
+    if not is_stable_diffusion(folder):
+        return diffusers_folders.read_folder(folder), None
+    files = read_tokenizer_files(folder)
+    tokenizer = Tokenizer(files.json, files.length, str(folder / "tokenizer"))
+    if files.pad:
+        tokenizer = tokenizer.padded_by(files.pad)
+    null = tuple(tokenizer.null_tokens)
+    return read_stable_diffusion(folder, tokenizer.end_token, null), tokenizer
 
 
 def of_diffusers(folder: Path, device: torch.device | str = "cpu") -> OtherModel:
     """Read the model in a folder of diffusers, with the autoencoder of one of latents on `device`.
 
-    Raises UnsupportedModelError.
+    Raises UnsupportedModelError, TokenizerError.
     """
-    read = diffusers_folders.read_folder(folder)
+    read, tokenizer = read_diffusers(folder)
     facts, spec, (height, width) = read.facts, read.spec, read.image_size
     try:
         sampling = SamplingSettings().overridden(facts["sampling"])
@@ -62,6 +88,7 @@ def of_diffusers(folder: Path, device: torch.device | str = "cpu") -> OtherModel
         objective=ObjectiveConfig(**facts["objective"]),
         sampling=sampling,
         model=_model_options(spec),
+        text=_text_options(spec),
     )
     if not read.autoencoder:
         image_shape = ImageShape(height, width, spec.image_channels)
@@ -78,7 +105,7 @@ def of_diffusers(folder: Path, device: torch.device | str = "cpu") -> OtherModel
     )
     image_shape = ImageShape(height * factor, width * factor, autoencoder.model.spec.image_channels)
     bound = codec.bound(autoencoder)
-    return OtherModel(config, spec, read.tensors, image_shape, bound, read.label_names)
+    return OtherModel(config, spec, read.tensors, image_shape, bound, read.label_names, tokenizer)
 
 
 def of_autoencoder_kl(folder: Path) -> RunConfig:
@@ -96,6 +123,14 @@ def _model_options(spec: UNetSpec | DiTSpec) -> ModelConfig:
     if isinstance(spec, DiTSpec):
         return ModelConfig(network="dit", **options)
     return ModelConfig(head_channels=spec.variant.head_channels, **options)
+
+
+def _text_options(spec: UNetSpec | DiTSpec) -> TextConfig:
+    text = spec.text
+    if not isinstance(text, TextEncoderSpec):
+        return TextConfig()
+    options = _options_of(text, TextConfig) | {"length": text.length, "pooled": spec.pools_text}
+    return TextConfig(encoder="transformer", **options)
 
 
 def _options_of(spec: object, config: type[Any]) -> dict[str, Any]:
@@ -148,7 +183,8 @@ def snapshot(model: OtherModel, source: Mapping[str, Any]) -> Snapshot:
     if isinstance(model.spec, DiTSpec):
         kept = networks.dit_spec(model.config, shape)
     else:
-        kept = networks.unet_spec(model.config, shape, model.spec.variant)
+        of = model.spec.variant
+        kept = networks.denoiser_spec(model.config, shape, of, model.tokenizer, None)
         variant = {"variant": asdict(model.spec.variant)}
     for key, value in asdict(model.spec).items():
         if asdict(kept)[key] != value:
@@ -162,6 +198,7 @@ def snapshot(model: OtherModel, source: Mapping[str, Any]) -> Snapshot:
         "data_fingerprint": "",
         **codec_facts(model.codec),
         **variant,
+        **tokenizer_facts(model.tokenizer),
         **({"label_names": list(model.label_names)} if model.label_names else {}),
         "average": {"imported": dict(source)},  # in place of an EMA
         "step": 0,

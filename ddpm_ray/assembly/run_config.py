@@ -69,7 +69,9 @@ def saved_tokenizer(facts: Mapping[str, Any], where: str = "") -> Tokenizer | No
     `where` is the checkpoint's URL, for errors. Raises TokenizerError.
     """
     held = facts.get("tokenizer")
-    return Tokenizer(held["json"], held["length"], where or "the tokenizer") if held else None
+    if not held:
+        return None
+    return Tokenizer(held["json"], held["length"], where or "the tokenizer", held.get("pad"))
 
 
 def tokenizer_facts(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -77,6 +79,8 @@ def tokenizer_facts(tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     held = {"sha256": tokenizer.sha256, "length": tokenizer.length, "json": tokenizer.json}
+    if tokenizer.pad is not None:
+        held["pad"] = tokenizer.pad
     return {"tokenizer": held}
 
 

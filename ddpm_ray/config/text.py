@@ -52,6 +52,11 @@ class TextConfig:
     width: int = option(256, "transformer: width of its vectors", at_least=1, defines_run=True)
     depth: int = option(4, "transformer: number of blocks", at_least=1, defines_run=True)
     heads: int = option(4, "transformer: heads of each attention", at_least=1, defines_run=True)
+    quick_gelu: bool = option(
+        False,
+        "transformer: CLIP's activation x sigmoid(1.702 x) in place of GELU",
+        defines_run=True,
+    )
     pooled: bool = option(
         True,
         "whether the vector of the whole text is added to the embedding of t; not in Stable "

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -48,6 +48,7 @@ class Tokenizer:
     json: str  # the content of its tokenizer.json
     length: int  # L
     where: str = "the tokenizer"  # for errors
+    pad: int | None = None  # token that fills rows; None: that of PADS, or the end token
 
     @classmethod
     def read(cls, url: str, length: int) -> Tokenizer:
@@ -154,6 +155,14 @@ class Tokenizer:
         """The token that begins each text; None: there is none."""
         return self._held.start
 
+    def padded_by(self, token: str) -> Tokenizer:
+        """This tokenizer with rows that are filled by `token`. Raises TokenizerError."""
+        number = self._held.library.token_to_id(token)
+        if number is None:
+            problem = f"it has no token {token!r}, by which its rows are filled"
+            raise TokenizerError(self.where, problem, "name the files of one tokenizer")
+        return self if number == self._held.pad else replace(self, pad=number)
+
     def for_transformers(self) -> dict[str, str]:
         """Its files by name, for transformers' AutoTokenizer: the rows of `encode`.
 
@@ -199,11 +208,12 @@ class Tokenizer:
             next((ids[name] for name in names if name in ids), None)
             for names in (STARTS, ENDS, PADS)
         )
+        pad = pad if self.pad is None else self.pad
         return _Held(made, start, end, end if pad is None else pad)
 
     def __getstate__(self) -> dict[str, Any]:
         """Its fields: the library's object is built anew in another process."""
-        return {name: getattr(self, name) for name in ("json", "length", "where")}
+        return {name: getattr(self, name) for name in ("json", "length", "where", "pad")}
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def read_folder(folder: str | Path) -> DiffusersModel:
     if spec.learns_variance and facts["objective"]["variance"] == "fixed":
         # DiTPipeline drops the learned variance, so its scheduler's config does not name it.
         facts["objective"]["variance"] = "learned_range"
-    autoencoder, scaling_factor = _autoencoder_of(folder, spec.image_channels)
+    autoencoder, scaling_factor = autoencoder_of(folder, spec.image_channels)
     if autoencoder and facts["sampling"]["clip"]:
         raise UnsupportedModelError(
             str(scheduler),
@@ -160,7 +160,7 @@ def _converted(
     return diffusers_dit.dit_to_diffusers(spec, tensors)
 
 
-def _autoencoder_of(folder: str | Path, channels: int) -> tuple[str, float]:
+def autoencoder_of(folder: str | Path, channels: int) -> tuple[str, float]:
     """The folder of a model's autoencoder and its scaling factor; ("", 1) for a model of pixels.
 
     Raises UnsupportedModelError for an autoencoder that Autoencoder cannot represent, and for one

@@ -230,6 +230,22 @@ class T5Text(nn.Module):
         return EncodedText(states, pooled)
 
 
+def clip_tokenizer_json(where: str, vocabulary: dict[str, int], merges: str) -> str:
+    """The tokenizer.json of CLIP's tokenizer, of its vocab.json and merges.txt.
+
+    Raises UnsupportedModelError, which names `where`.
+    """
+    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+    try:
+        made = _library(where).CLIPTokenizer(
+            vocab=vocabulary, merges=[tuple(line.split()) for line in lines]
+        )
+    except Exception as error:  # of many types, by what is wrong with the files
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedModelError(where, f"cannot be read: {reason}") from error
+    return str(made.backend_tokenizer.to_str())
+
+
 def _library(where: str) -> Any:
     """The library `transformers`; UnsupportedModelError with the command that installs it."""
     try:
