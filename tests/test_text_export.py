@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="needs the extra [text]")
 
 import ddpm_ray
 from ddpm_ray.assembly import run_config, training_run
-from ddpm_ray.assembly.checkpoint_loading import with_sampling
+from ddpm_ray.assembly.checkpoint_loading import trained_weights, with_sampling
 from ddpm_ray.assembly.frozen_text import text_model
 from ddpm_ray.assembly.text_export import write_text_encoder
 from ddpm_ray.cli.main import main
@@ -166,6 +166,10 @@ def test_the_pipeline_of_stable_diffusion_draws_the_images_of_the_model(
     back = ddpm_ray.load(out, "cpu")  # with the settings that the job was given
     assert back.settings.guidance_scale == call["guidance_scale"]
     assert np.abs(back.sample(2, prompts=prompts) - expected).max() <= 1
+    ours, theirs = (trained_weights(str(url)) for url in (run, out))
+    assert theirs.spec == ours.spec
+    assert theirs.tensors.keys() == ours.tensors.keys()
+    assert all(torch.equal(one, theirs.tensors[name]) for name, one in ours.tensors.items())
 
 
 def config_of(settings: list[str]) -> SamplingSettings:

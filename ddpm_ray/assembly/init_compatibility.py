@@ -67,6 +67,20 @@ def incompatibilities(
                 f"has {key}={value:g}, and this run has {hidden[key]:g}; no shape of a tensor "
                 f"shows it: set {key}={value:g}"
             )
+    yield from _other_activation(found.spec, spec, config)
+
+
+def _other_activation(theirs: NetworkSpec, ours: NetworkSpec, config: RunConfig) -> Iterator[str]:
+    """Yield a line if two text encoders of ours differ in what no shape of a tensor shows."""
+    held, wanted = (getattr(one, "text", None) for one in (theirs, ours))
+    if not isinstance(held, TextEncoderSpec) or not isinstance(wanted, TextEncoderSpec):
+        return
+    if held.quick_gelu != wanted.quick_gelu and not _is_skipped("text.", config):
+        has, have = (str(one.quick_gelu).lower() for one in (held, wanted))
+        yield (
+            f"has text.quick_gelu={has}, and this run has {have}; no shape of a tensor shows it: "
+            f"set text.quick_gelu={has}"
+        )
 
 
 def learned_anew(

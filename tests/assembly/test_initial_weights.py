@@ -296,6 +296,10 @@ def test_attentions_of_another_form_give_a_warning(
             "and this run has text.pooled=false, which it has to learn",
         )
         assert tuple(line in caplog.text for line in says) == warned
+    config = load_config(RunConfig, None, [*base, "text.quick_gelu=true", where])
+    source = initial_weights.find_initial_weights(config.training)
+    with pytest.raises(ConfigError, match=r"shows it: set text\.quick_gelu=false"):
+        initial_weights.check_initial_weights(source, config, SHAPE, tokenizer=tokenizer)
 
 
 def test_a_diffusers_folder_gives_the_weights_it_was_written_from(tmp_path: Path) -> None:

@@ -135,6 +135,29 @@ def test_a_network_of_ours_is_theirs(variant: Variant, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "config, width, parameters",
+    [
+        ({}, 768, 859_520_964),  # stable-diffusion-v1-5
+        (
+            {"attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+            1024,
+            865_910_724,  # stable-diffusion-2-1
+        ),
+    ],
+    ids=["1.5", "2.1"],
+)
+def test_the_published_sizes_have_their_parameters(
+    config: dict[str, Any], width: int, parameters: int
+) -> None:
+    """Of their config.json, whose other keys are the defaults."""
+    config = {"sample_size": 64, "cross_attention_dim": width, **config}
+    spec = text_unet_spec(config, FrozenTextSpec(width, width, (0,) * 77))
+    with torch.device("meta"):
+        network = UNet(spec)
+    assert sum(one.numel() for one in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
     "change, problem",
     [
         ({"cross_attention_dim": 7}, "cross_attention_dim is 7, and the text encoder's width 6"),
