@@ -7,7 +7,8 @@ that was held out, in one of the 12 poses; the generator of the assets (DDPM_RAY
 parts of each image, in the frame of the pose that is nearest. A line for each guidance scale: the
 share of images with the right skin, trousers, shirt and hair, with all four, and the same for the
 decoded images of a latent model's autoencoder. FOLDER gets a grid of the first prompts, a row for
-each scale. One process, no Ray.
+each scale. Last, the hair of real images is changed by `text_diff`: the share of images with the
+new hair and all other parts as they were, and a picture. One process, no Ray.
 """
 
 import importlib.util
@@ -24,7 +25,7 @@ import ddpm_ray
 from benchmarks.results import sheet
 from ddpm_ray.sampling.sampling import Images
 
-PROMPTS, SCALES, SHOWN = 240, (1.0, 2.0, 3.0, 5.0), 8
+PROMPTS, SCALES, SHOWN, CHANGED = 240, (1.0, 2.0, 3.0, 5.0), 8, 24
 STEPS = 25
 
 
@@ -65,6 +66,17 @@ def found_parts(made: ModuleType, images: Images, of: list[tuple[Any, str, str]]
     return parts
 
 
+def with_other_hair(made: ModuleType, of: list[tuple[Any, str, str]]) -> list[tuple[Any, str, str]]:
+    """The same characters in the same poses with the next hair of the list."""
+    place = [*made.PARTS].index("hair")
+    changed = []
+    for who, action, direction in of:
+        parts = list(who)
+        parts[place] = (parts[place] + 1) % len(made.PARTS["hair"])
+        changed.append((tuple(parts), action, direction))
+    return changed
+
+
 def line(made: ModuleType, name: str, images: Images, of: list[tuple[Any, str, str]]) -> str:
     """The share of images with each right part, and with all."""
     right = found_parts(made, images, of) == np.array([who for who, _, _ in of])
@@ -98,6 +110,21 @@ def main(url: str, folder: Path, count: int, scales: list[float]) -> None:
         folder / "text-held-out.png"
     )
     for prompt in prompts[:SHOWN]:
+        print(prompt)
+    changed = with_other_hair(made, of[:CHANGED])
+    wanted = [made.caption(*one) for one in changed]
+    edited = np.concatenate(
+        [
+            model.text_diff(real[n : n + 1], prompts[n], wanted[n], steps=STEPS, guidance_scale=3.0)
+            for n in range(CHANGED)
+        ]
+    )
+    print(line(made, "text_diff", edited, changed))
+    sheet(
+        {"real": [real[:SHOWN]], "text_diff": [edited[:SHOWN]]},
+        ["the caption of each real image, with another hair"],
+    ).save(folder / "text-diff.png")
+    for prompt in wanted[:SHOWN]:
         print(prompt)
 
 
