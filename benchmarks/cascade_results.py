@@ -11,9 +11,12 @@ DATA and the alignment of `images` samples with their captions, in the space of 
 encoder. FOLDER gets the pictures. DDPM_RAY_ASSETS names the assets. One process, no Ray.
 """
 
+import hashlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import matplotlib as mpl
@@ -49,39 +52,49 @@ def larger(images: Images, side: int) -> Images:
     return images.repeat(by, 1).repeat(by, 2)
 
 
-def table(cascade: Cascade, count: int, folder: Path) -> None:
-    """Print the shares of right parts; write pictures of prompts and of variations."""
-    made = sprites()
+def drawn(made: ModuleType, count: int) -> tuple[list[tuple[Any, str, str]], list[str], Images]:
+    """Held-out characters in poses, their captions and their images of full size."""
     of = poses(made, count)
-    prompts = [made.caption(*one) for one in of]
     full = np.stack([made.clip(*one)[n % made.FRAMES] for n, one in enumerate(of)])
-    small, side = smaller(full, cascade.image_size[0]), cascade.drawn_shape[0]
+    return of, [made.caption(*one) for one in of], full
+
+
+def table(cascade: Cascade, count: int) -> None:
+    """Print the shares of right parts."""
+    made = sprites()
+    of, prompts, full = drawn(made, count)
+    small = smaller(full, cascade.image_size[0])
     print(f"{count} held-out prompts, {cascade.settings.steps} steps; % right")
     print(f"{'':12s} {' '.join(f'{name[:6]:>6s}' for name in made.PARTS)}    all")
-    rows = {
-        "real": smaller(full, side),
-        "true+text": cascade.variations(small, prompts=prompts),
-        "true": cascade.variations(small),
-        "cascade": cascade.sample(count, prompts=prompts),
-    }
-    for name, images in rows.items():
-        print(line(made, name, images, of), flush=True)
-    shown = {name: [images[:SHOWN]] for name, images in rows.items()}
-    sheet(shown, ["held-out characters: from their captions, and from true embeddings"]).save(
-        folder / "cascade-held-out.png"
-    )
-    each = np.stack([cascade.variations(small[:SHOWN], seed=seed) for seed in range(SEEDS)])
-    original = larger(small, side)[:SHOWN] if side > small.shape[1] else small[:SHOWN]
-    varied = {"original": [original]} | {f"seed {n}": [each[n]] for n in range(SEEDS)}
-    sheet(varied, ["variations of an image, by its embedding alone"]).save(
-        folder / "cascade-variations.png"
-    )
+    print(line(made, "real", smaller(full, cascade.drawn_shape[0]), of))
+    print(line(made, "true+text", cascade.variations(small, prompts=prompts), of), flush=True)
+    print(line(made, "true", cascade.variations(small), of), flush=True)
+    print(line(made, "cascade", cascade.sample(count, prompts=prompts), of), flush=True)
+
+
+def pictures(cascade: Cascade, folder: Path) -> None:
+    """Write pictures of prompts, stage by stage, of variations and of interpolations."""
+    made = sprites()
+    _, prompts, full = drawn(made, SHOWN)
+    small, side = smaller(full, cascade.image_size[0]), cascade.drawn_shape[0]
+    rows = {"real": [smaller(full, side)]}
+    if cascade.upsamplers:
+        decoded = replace(cascade, upsamplers=()).sample(SHOWN, prompts=prompts)
+        rows["decoder"] = [larger(decoded, side)]
+    rows["cascade"] = [cascade.sample(SHOWN, prompts=prompts)]
+    sheet(rows, ["held-out characters, from their captions"]).save(folder / "cascade.png")
+    for prompt in prompts:
+        print(prompt)
+    each = [cascade.variations(small, seed=seed) for seed in range(SEEDS)]
+    varied = {"original": [larger(small, side)]} | {f"seed {n}": [each[n]] for n in range(SEEDS)}
+    sheet(varied, ["variations of an image, by its embedding"]).save(folder / "variations.png")
     between = {
-        f"{prompts[n]}": [cascade.interpolate(prompts[n], prompts[n + 1], SHOWN)]
-        for n in range(0, 8, 2)
+        f"{n + 1} to {n + 2}": [cascade.interpolate(prompts[n], prompts[n + 1], SHOWN)]
+        for n in range(0, SHOWN, 2)
     }
-    ends = [f"to the next caption: {prompts[n + 1]}" for n in range(0, 8, 2)]
-    sheet(between, ends[:1]).save(folder / "cascade-interpolation.png")
+    sheet(between, ["between the captions of the characters"]).save(
+        folder / "prompt-interpolation.png"
+    )
 
 
 def guidance(cascade: Cascade, data: str, scales: list[float], count: int, folder: Path) -> None:
@@ -89,7 +102,10 @@ def guidance(cascade: Cascade, data: str, scales: list[float], count: int, folde
     weights = str(Path(os.environ["DDPM_RAY_ASSETS"], INCEPTION))
     encoder = cascade.denoiser.takes.image_encoder
     assert isinstance(encoder, NamedImageEncoder)
-    wanted = EvaluationConfig(num_images=count, widths=(192,), weights=weights)
+    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    wanted = EvaluationConfig(
+        num_images=count, widths=(192,), weights=weights, weights_sha256=digest
+    )
     found: list[dict[str, float]] = []
     for scale in scales:
         chosen = cascade.with_settings(guidance_scale=scale)
@@ -127,7 +143,8 @@ def guidance(cascade: Cascade, data: str, scales: list[float], count: int, folde
 if __name__ == "__main__":
     given = sys.argv[1:]
     loaded, out = ddpm_ray.load_cascade(given[0], "cpu"), Path(given[2])
-    table(loaded, int(given[3]) if len(given) > 3 else PROMPTS, out)
+    table(loaded, int(given[3]) if len(given) > 3 else PROMPTS)
+    pictures(loaded, out)
     swept = [float(scale) for scale in given[4].split(",")] if len(given) > 4 else list(SCALES)
     if swept:
         guidance(loaded, given[1], swept, int(given[5]) if len(given) > 5 else IMAGES, out)
