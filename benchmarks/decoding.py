@@ -44,7 +44,7 @@ def write_images(folder: str) -> None:
 
 
 def seconds_per_call(take: Callable[[int], object], begin: int = 0) -> tuple[float, float]:
-    """Median wall time of a small operation, and seconds waited for batches, in one round."""
+    """Mean wall time of a small operation, and seconds waited for batches, in one round."""
     x, calls, waited = torch.zeros(64), list[float](), 0.0
     began = time.perf_counter()
     for tick in range(TICKS):

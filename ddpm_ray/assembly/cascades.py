@@ -29,6 +29,7 @@ from ddpm_ray.sampling.cascade import Cascade
 from ddpm_ray.sampling.drawing_model import fields_of
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -68,16 +69,33 @@ def joined(
 
 
 def write_cascade(folder: str, parts: Parts) -> None:
-    """Write cascade.json to `folder`; a warning names a cascade that it replaces.
+    """Write cascade.json to `folder`; a warning names a cascade of other models that it replaces.
 
     Raises ConfigError for the folder of a run, and StorageError.
     """
+    require_no_run(folder)
+    if is_cascade(folder):
+        try:
+            found = _parts(folder)
+        except StorageError as error:
+            log.warning("%s: this cascade.json is replaced", error)
+        else:
+            if _weights(found) != _weights(parts):
+                was = redacted(found["decoder"]["url"])
+                log.warning("%s held another cascade, with the decoder %s: replaced", folder, was)
+    checksummed_json.write(object_store.join(folder, CASCADE), parts, FORMAT)
+
+
+def require_no_run(folder: str) -> None:
+    """Raise ConfigError if `folder` is that of a run."""
     if object_store.exists(object_store.join(folder, IDENTITY)):
         raise ConfigError(f"--out is {folder}, which holds a run: name another folder")
-    if is_cascade(folder) and (replaced := _parts(folder)) != parts:
-        was = redacted(replaced["decoder"]["url"])
-        log.warning("%s held another cascade, with the decoder %s: replaced", folder, was)
-    checksummed_json.write(object_store.join(folder, CASCADE), parts, FORMAT)
+
+
+def _weights(parts: Parts) -> list[str]:
+    """The sha256 of the weights of all models, wherever they lie."""
+    models = [parts["prior"], parts["decoder"], *parts["upsamplers"]]
+    return [one["sha256"] for one in models]
 
 
 def write_copies(folder: Path, parts: Parts) -> Parts:
@@ -89,10 +107,8 @@ def write_copies(folder: Path, parts: Parts) -> Parts:
 
     def copied(part: dict[str, str], name: str) -> dict[str, str]:
         if missing := copy_model(part["url"], folder / name):
-            remedy = "put that encoder back"
-            raise ConfigError(
-                f"{name} is {part['url']}, which cannot be copied: {missing[0]}: {remedy}"
-            )
+            problem = missing[0].partition(". The copy is without it")[0]
+            raise ConfigError(f"{name} cannot be copied: {problem}; put that encoder back")
         return part | {"url": name}
 
     upsamplers = enumerate(parts["upsamplers"], start=1)

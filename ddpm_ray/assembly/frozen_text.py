@@ -26,7 +26,7 @@ from ddpm_ray.models.text_encoder import FrozenTextSpec
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
-TEXT_ENCODER_COPY = "text_encoder"  # folder in that of a checkpoint that was copied to MLflow
+TEXT_ENCODER_COPY = "text_encoder"  # folder in that of a copied checkpoint
 NOT_LOADED = "the text encoder of this model does not load"
 
 
@@ -102,20 +102,23 @@ def bind_text_model(
     network.text.bind(encoder)
 
 
-def copy_text_model(facts: Mapping[str, Any], folder: Path) -> None:
+def copy_text_model(facts: Mapping[str, Any], folder: Path, where: str = "") -> None:
     """Copy the text encoder of a checkpoint with these facts into the local `folder` of its copy.
+
+    A copy in the checkpoint's own folder `where` is taken before the one that the facts name.
 
     So the copy loads on any machine. Does nothing for a model that has no frozen one. Raises
     ValueError unless it is the one that the model was trained with, and StorageError.
     """
     if (held := facts.get("text_encoder")) is None:
         return
+    url = copy_in(where, TEXT_ENCODER_COPY) or held["url"]
     try:
-        files = _files(held["kind"], held["url"])
+        files = _files(held["kind"], url)
     except (CheckpointError, ConfigError, UnsupportedModelError) as error:
         raise ValueError(f"{NOT_LOADED}: {error}") from error
     # The copy is verified: the encoder's run may commit another checkpoint at any time.
-    _checked(facts, copy_files(files, folder / TEXT_ENCODER_COPY), held["url"])
+    _checked(facts, copy_files(files, folder / TEXT_ENCODER_COPY), url)
 
 
 def _checked(facts: Mapping[str, Any], url: str, named: str = "") -> TextModel:

@@ -26,7 +26,7 @@ from ddpm_ray.redaction import sanitize
 from ddpm_ray.sampling.image_text import TrainedEncoders
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
-ENCODER_COPY = "image_encoder"  # folder in that of a checkpoint that was copied to MLflow
+ENCODER_COPY = "image_encoder"  # folder in that of a copied checkpoint
 REMEDY = "put the checkpoint of that encoder back"
 
 
@@ -119,17 +119,20 @@ def encoder_of_width(
     return NamedImageEncoder(width, url, held["sha256"], device, where or "the run")
 
 
-def copy_image_encoder(facts: Mapping[str, Any], folder: Path) -> None:
+def copy_image_encoder(facts: Mapping[str, Any], folder: Path, where: str = "") -> None:
     """Copy the image encoder of a checkpoint with these facts into the local `folder` of its copy.
+
+    A copy in the checkpoint's own folder `where` is taken before the one that the facts name.
 
     So the copy makes variations on any machine. A model without one has none. Raises ValueError
     unless it is the encoder of the training, and StorageError.
     """
     if (held := facts.get("image_encoder")) is None:
         return
+    url = copy_in(where, ENCODER_COPY) or held["url"]
     try:
-        copy = copy_files(encoder_files(held["url"]), folder / ENCODER_COPY)
+        copy = copy_files(encoder_files(url), folder / ENCODER_COPY)
         encoders_of_sha256(copy, held["sha256"], "cpu")
     except (CheckpointError, ValueError) as error:
-        problem = f"the encoder of its image embeddings at {held['url']} cannot be copied: {error}"
+        problem = f"the encoder of its image embeddings at {url} cannot be copied: {error}"
         raise ValueError(problem) from error

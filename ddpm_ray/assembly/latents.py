@@ -22,7 +22,7 @@ from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 
-AUTOENCODER_COPY = "autoencoder"  # folder in that of a checkpoint that was copied to MLflow
+AUTOENCODER_COPY = "autoencoder"  # folder in that of a copied checkpoint
 
 
 def codec_of_data(
@@ -132,15 +132,17 @@ def _require_flips(config: DataConfig, codec: LatentCodec | EmbeddingCodec) -> N
             raise ConfigError(str(error)) from None
 
 
-def copy_autoencoder(facts: Mapping[str, Any], folder: Path) -> None:
+def copy_autoencoder(facts: Mapping[str, Any], folder: Path, where: str = "") -> None:
     """Copy the autoencoder of a checkpoint with these facts into the local `folder` of its copy.
+
+    A copy in the checkpoint's own folder `where` is taken before the one that the facts name.
 
     So the copy loads on any machine. A model of pixels has none. Raises ValueError unless it is the
     autoencoder that encoded the training data, and StorageError.
     """
     if (held := facts.get("autoencoder")) is None:
         return
-    url = held["url"]
+    url = copy_in(where, AUTOENCODER_COPY) or held["url"]
     try:
         files = autoencoder_files(url)
     except (CheckpointError, ConfigError, UnsupportedModelError) as error:

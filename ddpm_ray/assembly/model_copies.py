@@ -17,11 +17,12 @@ def copy_files(files: Mapping[str, str], folder: Path) -> str:
 
 
 def copy_in(where: str, name: str) -> str:
-    """The path of the copy `name` in a checkpoint's folder; empty if it has none.
+    """The URL of the copy `name` in the folder of a checkpoint at `where`; empty if it has none.
 
-    Copies are made for MLflow, whose models are downloaded: other folders have none.
+    Copies are in models of MLflow and in cascades with copies (portable_models.py). Raises
+    StorageError.
     """
-    if not where or not object_store.is_local(where):
+    if not where or where.startswith(("http://", "https://")):  # which have no folders
         return ""
-    place = object_store.local_path(where) / name
-    return str(place) if place.is_dir() and any(place.iterdir()) else ""
+    place = object_store.join(where, name)
+    return place if object_store.exists(place) and object_store.file_names(place) else ""

@@ -15,7 +15,8 @@ def copy_model(checkpoint_url: str, folder: Path) -> list[str]:
 
     A model of latents is copied with its autoencoder, one of image embeddings with their encoder,
     one of texts with a text encoder that is trained elsewhere. An encoder that has moved or changed
-    is not copied: a line says so, and its remedy. Raises CheckpointError and StorageError.
+    is not copied: a line says so, and what the copy cannot do. Raises CheckpointError and
+    StorageError.
     """
     for name in sampling_files(checkpoint_url):
         data = object_store.read_bytes(object_store.join(checkpoint_url, name))
@@ -28,7 +29,7 @@ def copy_model(checkpoint_url: str, folder: Path) -> list[str]:
         (frozen_text.copy_text_model, frozen_text.TEXT_ENCODER_COPY, "load it with text_model=URL"),
     ):
         try:
-            copy(facts, folder)
+            copy(facts, folder, checkpoint_url)
         except (ValueError, StorageError) as error:
             shutil.rmtree(folder / name, ignore_errors=True)
             missing.append(f"{sanitize(str(error))}. The copy is without it: {use}")

@@ -11,6 +11,7 @@ from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.frozen_text import ContrastiveText, FrozenText
 from ddpm_ray.models.interop import autoencoder_kl, stable_diffusion
 from ddpm_ray.models.interop.clip_text import clip_text_limits, write_clip_text
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_files import write_json, write_weights
 from ddpm_ray.models.interop.diffusers_pipelines import Export
 from ddpm_ray.models.interop.diffusers_schedulers import Facts
@@ -49,8 +50,12 @@ def write_with_text(
     if limit:
         limits.append(limit)
     else:
-        _write_network(model, network, folder)
-        parts.append("unet")
+        try:
+            _write_network(model, network, folder)
+            parts.append("unet")
+        except UnsupportedModelError as error:
+            limit = f"unet ({error})"
+            limits.append(limit)
     encoder = network.text.encoder
     if written := write_text_encoder(encoder, tokenizer, folder / "text_encoder"):
         parts.append("text_encoder")

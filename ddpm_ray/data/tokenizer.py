@@ -107,8 +107,9 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """sha256 of its file, which identifies it."""
-        return hashlib.sha256(self.json.encode()).hexdigest()
+        """sha256 of its file, and of its padding token if that is given; it identifies it."""
+        padding = f"\n{self.pad}" if self.pad else ""
+        return hashlib.sha256((self.json + padding).encode()).hexdigest()
 
     @property
     def vocabulary(self) -> int:

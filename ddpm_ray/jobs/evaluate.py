@@ -5,7 +5,8 @@
 
 MODEL_URI may also be an autoencoder, as a run or as a diffusers folder of an AutoencoderKL: its
 reconstructions are scored by PSNR, SSIM, rFID and KL. A run with task=contrastive is scored by
-retrieval, on its held-out data. A folder of diffusers needs data_url=.
+retrieval, on its held-out data, and a folder of `ddpm-ray cascade` by the images of its last stage.
+A folder of diffusers needs data_url=.
 Options of the group `sampling` default to those that the model was trained with.
 """
 

@@ -1,5 +1,6 @@
 """Driver of the job cascade: load the models, write their folder, log it in MLflow."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,12 +10,17 @@ from typing import Any
 
 from ddpm_ray.assembly import cascades
 from ddpm_ray.assembly.checkpoint_loading import CASCADE
+from ddpm_ray.assembly.frozen_text import TEXT_ENCODER_COPY
 from ddpm_ray.config.jobs.cascade import CascadeConfig
-from ddpm_ray.config.loading import to_yaml
+from ddpm_ray.config.loading import ConfigError, to_yaml
 from ddpm_ray.sampling.cascade import Cascade
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.run_info import RunMetadata
-from ddpm_ray.tracking.tracking_uri import artifact_root, resolve_tracking_uri
+from ddpm_ray.tracking.tracking_uri import (
+    artifact_root,
+    resolve_tracking_uri,
+    warn_of_another_host,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +32,9 @@ def make_cascade(out: str, config: CascadeConfig, home: Path) -> dict[str, Any]:
     that do not fit together, what loading them raises, StorageError, and TrackingError.
     """
     uri = resolve_tracking_uri(home, config.tracking.uri) if config.register_as else ""
+    if uri:
+        warn_of_another_host(uri)
+    cascades.require_no_run(out)
     models = config.prior, config.decoder, config.upsamplers
     cascade, parts = cascades.joined(*models, config.candidates)
     if not (config.copies or config.register_as):
@@ -44,7 +53,15 @@ def make_cascade(out: str, config: CascadeConfig, home: Path) -> dict[str, Any]:
 
 
 def _upload(folder: Path, out: str) -> None:
-    """Write the models' files below `out`; cascade.json, which completes it, comes last."""
+    """Write the models' files below `out`; the caller writes cascade.json, which completes it.
+
+    Raises ConfigError for a text encoder of transformers, which is read from local folders alone.
+    """
+    if not object_store.is_local(out) and any(folder.glob(f"*/{TEXT_ENCODER_COPY}/config.json")):
+        raise ConfigError(
+            f"copies is true and --out is {out}, but a text encoder of transformers loads from a "
+            f"local folder only: write to one"
+        )
     for file in sorted(one for one in folder.rglob("*") if one.is_file()):
         name = file.relative_to(folder).as_posix()
         if name != CASCADE:
@@ -78,7 +95,12 @@ def _registered(
             description="\n".join(["A cascade of", *(f"- {one['url']}" for one in models)]),
         )
     )
-    model_registry.log_cascade(run, folder, "ddpm_ray.tracking.pyfunc_model")
+    try:
+        model_registry.log_cascade(run, folder, "ddpm_ray.tracking.pyfunc_model")
+    except BaseException as error:
+        with contextlib.suppress(mlflow_runs.TrackingError):  # `error` matters more
+            mlflow_runs.finish(run, "FAILED", str(error))
+        raise
     mlflow_runs.finish(run, "FINISHED")
     version = model_registry.register(uri, config.register_as, run.run_id)
     log.info("MLflow run %s: %s, version %s", run.run_id, version["name"], version["version"])

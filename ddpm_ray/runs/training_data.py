@@ -17,6 +17,7 @@ from ddpm_ray.data.dataset import MANIFEST, Dataset, DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.models.lpips_distance import require_lpips
+from ddpm_ray.models.unet_spec import require_divisible
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.pack import pack_dataset
 from ddpm_ray.storage import object_store
@@ -75,12 +76,12 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
     try:
         with torch.device("meta"):
             networks.network(config, shape)
-            _require_crop(config, shape)
         if reconstructs:
             require_fitting(config, shape)
     except ValueError as error:
         group = "model" if config.traits.has_noise else config.task
         raise ConfigError(f"{group}: with the images of {config.data.url}: {error}") from error
+    _require_crop(config, shape)
     known = len(dataset.manifest.label_names)
     if config.model.num_classes not in (0, known):
         raise ConfigError(
@@ -137,7 +138,7 @@ def _require_rangeless_options(config: RunConfig) -> None:
 
 
 def _require_crop(config: RunConfig, shape: ImageShape) -> None:
-    """Raise ConfigError for crops that are larger than the images, ValueError for odd ones."""
+    """Raise ConfigError for crops that are too large, or that the levels do not halve."""
     side, height, width = config.objective.low_resolution_crop, *shape[:2]
     if side and (kind := config.model.network) != "unet":
         raise ConfigError(
@@ -150,7 +151,10 @@ def _require_crop(config: RunConfig, shape: ImageShape) -> None:
             f"{height} x {width}: use {min(height, width) // 2}, a quarter of their pixels"
         )
     if side:
-        networks.network(config, ImageShape(side, side, shape.channels))
+        try:
+            require_divisible((side, side), len(config.model.channel_mults))
+        except ValueError as error:
+            raise ConfigError(f"objective.low_resolution_crop is {side}: {error}") from error
 
 
 def _fingerprints(config: RunConfig, dataset: Dataset) -> dict[str, str]:

@@ -126,7 +126,7 @@ def promote(
 def register(uri: str, name: str, run_id: str) -> dict[str, Any]:
     """Make the run's model the `champion` of `name`, without a score; return its version.
 
-    Raises TrackingError.
+    A warning names a champion with a score that it replaces. Raises TrackingError.
     """
     with answering(uri):
         mlflow.set_tracking_uri(uri)  # create_model_version ignores the client's URI
@@ -134,6 +134,13 @@ def register(uri: str, name: str, run_id: str) -> dict[str, Any]:
         present = _champion(client, name)
         if present is not None and present.run_id == run_id:
             return {"name": name, "version": str(present.version)}
+        if present is not None and "score" in present.tags:
+            log.warning(
+                "%s: version %s was champion by its score and is no longer; the new champion has "
+                "no score",
+                name,
+                present.version,
+            )
         return {"name": name, "version": _make_champion(client, name, run_id, {})}
 
 

@@ -49,10 +49,18 @@ class ServedPrior:
     ) -> npt.NDArray[np.float32]:
         """Draw an embedding of length 1 for each row of a table with a column `prompt`: [N, D].
 
-        `params` may have `seed` and `candidates`. Raises ValueError for an empty table.
+        Columns `seed` (0 without one) and `candidates` are settings, those of the first row.
+        Raises ValueError for a table without rows, or with other columns.
         """
-        prompts = [str(prompt) for prompt in model_input["prompt"]]
-        wanted: dict[str, Any] = {"seed": 0} | (params or {})
+        rows = model_input.to_dict("records")
+        if not rows:
+            raise ValueError("the table has no rows; give one, with a column prompt")
+        prompts = [str(row["prompt"]) for row in rows]
+        wanted = {"seed": 0} | {key: value for key, value in rows[0].items() if key != "prompt"}
+        if others := wanted.keys() - {"seed", "candidates"}:
+            raise ValueError(
+                f"the table has the column {min(others)}; use prompt, seed, candidates"
+            )
         found: npt.NDArray[np.float32] = self.prior.embeddings(
             prompts, range(len(prompts)), **wanted
         ).numpy()

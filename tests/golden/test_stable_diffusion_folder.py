@@ -24,6 +24,7 @@ from ddpm_ray.cli.main import main
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.jobs import import_model
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
+from ddpm_ray.models.interop.stable_diffusion_folder import read_tokenizer_files
 
 diffusers: Any = importlib.import_module("diffusers")
 transformers: Any = importlib.import_module("transformers")
@@ -154,6 +155,39 @@ def test_of_another_scheduler_the_schedule_and_the_sampler_are_read(tmp_path: Pa
     )
 
 
+def test_a_scheduler_that_was_converted_from_pndm_is_read(tmp_path: Path) -> None:
+    """As in the published folders of version 2: DDIM with a key of PNDM."""
+    written(tmp_path, "2")
+    file = tmp_path / "scheduler/scheduler_config.json"
+    published = {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | published))
+    assert ddpm_ray.load(tmp_path, "cpu").settings.sampler == "ddim"
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_the_padding_is_the_one_that_transformers_takes(later: bool, tmp_path: Path) -> None:
+    """Of two files that differ; the later form of tokenizer_config.json goes first."""
+    written(tmp_path, "2")
+    home = tmp_path / "tokenizer"
+    config = json.loads((home / "tokenizer_config.json").read_text())
+    config = {key: value for key, value in config.items() if key != "added_tokens_decoder"}
+    config |= {"pad_token": "<|endoftext|>"} | ({"added_tokens_decoder": {}} if later else {})
+    (home / "tokenizer_config.json").write_text(json.dumps(config))
+    (home / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "!"}}))
+    wanted = "<|endoftext|>" if later else "!"
+    assert read_tokenizer_files(tmp_path).pad == wanted
+
+
+def test_another_pipeline_with_this_network_is_refused(tmp_path: Path) -> None:
+    """Its other parts, as a ControlNet, would be left out."""
+    written(tmp_path, "1")
+    file = tmp_path / "model_index.json"
+    name = {"_class_name": "StableDiffusionControlNetPipeline"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | name))
+    with pytest.raises(UnsupportedModelError, match="_class_name is 'StableDiffusionControlNetPi"):
+        ddpm_ray.load(tmp_path, "cpu")
+
+
 def test_the_network_of_inpainting_is_refused(tmp_path: Path) -> None:
     """Its images are in another order than ours, and no tensor says so."""
     written(tmp_path, "1")
@@ -180,5 +214,6 @@ def test_parts_with_another_function_are_refused_by_their_key(
     written(tmp_path, "1")
     path = tmp_path / file / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UnsupportedModelError, match=problem):
+    with pytest.raises(UnsupportedModelError, match=problem) as refused:
         ddpm_ray.load(tmp_path, "cpu")
+    assert "UnsupportedModelError(" not in str(refused.value)

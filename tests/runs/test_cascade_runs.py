@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
 
 import ddpm_ray
+from ddpm_ray.assembly.cascades import write_copies
 from ddpm_ray.assembly.portable_models import copy_model
 from ddpm_ray.assembly.prior_loading import trained_prior
 from ddpm_ray.collectives import Workers
@@ -31,14 +32,15 @@ from ddpm_ray.runs.evaluation import evaluate, evaluate_worker
 from ddpm_ray.runs.load_model import load_to_draw
 from ddpm_ray.runs.make_cascade import make_cascade
 from ddpm_ray.sampling.sampling import Images
+from ddpm_ray.storage import checksummed_json
 from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
-from ddpm_ray.training.checkpoint_folder import CheckpointError
 from tests.data.captioned_sets import write_captioned
 from tests.fixtures.threaded_workers import OnWorkers
 from tests.runs.test_ema_search import RunControl
 from tests.test_cascade_job import TEXTS, runs  # noqa: F401
 from tests.tracking.test_mlflow_runs import MLFLOWS
 
+TWO = "prior", "decoder"
 CALL: dict[str, Any] = {"prompts": TEXTS, "seed": 3}
 SHOWN = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 1), np.uint8)
 Make = Callable[..., dict[str, Any]]
@@ -48,11 +50,13 @@ Make = Callable[..., dict[str, Any]]
 def make(runs: Path, tmp_path: Path) -> Make:  # noqa: F811
     """Make the cascade of the runs in the folder `cascade` of the test."""
 
-    def made(prior: str = "prior", **options: Any) -> dict[str, Any]:
+    def made(
+        prior: str = "prior", out: str = str(tmp_path / "cascade"), **options: Any
+    ) -> dict[str, Any]:
         where = {name: str(runs / name) for name in (prior, "decoder", "upsampler-4")}
         stages = where[prior], where["decoder"], (where["upsampler-4"],)
         config = CascadeConfig(*stages, candidates=3, **options)
-        return make_cascade(str(tmp_path / "cascade"), config, tmp_path)
+        return make_cascade(out, config, tmp_path)
 
     return made
 
@@ -90,26 +94,71 @@ def test_a_copy_without_its_encoder_is_refused(
     runs: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
+    """Before there is a cascade.json; a copy of a copy takes the encoder of the copy."""
+    parts, encoder = make(), runs / "encoder"
+    first = write_copies(tmp_path / "first", parts)
+    within = {name: {**first[name], "url": str(tmp_path / "first" / name)} for name in TWO}
+    encoder.rename(runs / "away")
+    try:
+        with pytest.raises(ConfigError, match=r"^prior cannot be copied: .*put that encoder back$"):
+            write_copies(tmp_path / "none", parts)
+        write_copies(tmp_path / "second", parts | within)
+        assert not (tmp_path / "none/cascade.json").exists()
+        for found, want in zip(*map(drawn, (tmp_path / "first", tmp_path / "second")), strict=True):
+            np.testing.assert_array_equal(found, want)
+    finally:
+        (runs / "away").rename(encoder)
+
+
+def test_a_cascade_with_copies_in_a_bucket_needs_nothing_else(
+    make: Make,
+    runs: Path,  # noqa: F811
+    s3: str,
+) -> None:
+    """Copied there by the job, or later by hand."""
+    where = f"{s3}/cascade"
+    make(out=where, copies=True)
     encoder = runs / "encoder"
     encoder.rename(runs / "away")
     try:
-        with pytest.raises(CheckpointError, match="put the checkpoint of that encoder back"):
-            make(copies=True)
+        found = drawn(where)
     finally:
         (runs / "away").rename(encoder)
-    assert not (tmp_path / "cascade").exists()
+    make()
+    for one, want in zip(found, drawn(Path(make()["cascade"])), strict=True):
+        np.testing.assert_array_equal(one, want)
+
+
+def test_the_folder_of_a_run_is_left_as_it_is(
+    make: Make,
+    runs: Path,  # noqa: F811
+) -> None:
+    before = sorted(runs.joinpath("decoder").rglob("*"))
+    (runs / "decoder/run.json").touch()
+    try:
+        with pytest.raises(ConfigError, match="which holds a run: name another folder"):
+            make(out=str(runs / "decoder"), copies=True)
+    finally:
+        (runs / "decoder/run.json").unlink()
+    assert sorted(runs.joinpath("decoder").rglob("*")) == before
 
 
 def test_another_cascade_in_the_folder_is_named(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = make()
-    make()
-    assert not caplog.records
     make(copies=True)
-    (record,) = caplog.records
-    said = record.getMessage()
-    assert f"held another cascade, with the decoder {first['decoder']['url']}: replaced" in said
+    assert not caplog.records  # the same models
+    file = tmp_path / "cascade/cascade.json"
+    other = {**first, "decoder": {**first["decoder"], "sha256": "0" * 64}}
+    checksummed_json.write(str(file), other)
+    make()
+    file.write_text("{}")
+    make()
+    said = [record.getMessage() for record in caplog.records]
+    assert f"held another cascade, with the decoder {first['decoder']['url']}: repl" in said[0]
+    assert "this cascade.json is replaced" in said[1]
+    assert len(said) == 2
 
 
 @pytest.mark.filterwarnings(*MLFLOWS)
@@ -153,7 +202,7 @@ def test_a_prior_in_mlflow_draws_embeddings_of_prompts(
     encoder.rename(runs / "away")
     try:
         found = _load_pyfunc(str(tmp_path / "prior")).predict(
-            pd.DataFrame({"prompt": TEXTS}), {"seed": 5, "candidates": 2}
+            pd.DataFrame({"prompt": TEXTS, "seed": 5, "candidates": 2})
         )
     finally:
         (runs / "away").rename(encoder)

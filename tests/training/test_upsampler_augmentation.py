@@ -63,9 +63,12 @@ def test_a_blur_is_scipys_with_a_deviation_of_its_own() -> None:
     [
         (
             ["objective.low_resolution_crop=16"],
-            r"crop is 16, but the images of .* 8 x 8: use 4",
+            r"^objective.low_resolution_crop is 16, but the images of .* 8 x 8: use 4",
         ),
-        (["objective.low_resolution_crop=3"], "images are 3 x 3, which 2 levels do not halve even"),
+        (
+            ["objective.low_resolution_crop=3"],
+            "^objective.low_resolution_crop is 3: images are 3 x 3, which 2",
+        ),
         (
             ["objective.low_resolution_crop=4", *TINY_DIT],
             "but model.network is dit, which takes images of one size",

@@ -37,5 +37,10 @@ class CascadeConfig:
         for key in ("prior", "decoder"):
             if not getattr(self, key):
                 yield f"{key} is empty; name the run of the {key}, as in {key}=runs/{key}"
+        if self.tracking != TrackingConfig() and not self.register_as:
+            yield (
+                "tracking is set, but register_as is empty, so that nothing is logged in MLflow: "
+                "set register_as, or leave it out"
+            )
         if not all(self.upsamplers):
             yield "upsamplers has an empty name; leave it out"

@@ -171,6 +171,8 @@ def refused_if_invalid(where: str) -> Iterator[None]:
     """Raise UnsupportedModelError for what a config with wrong types or sizes causes inside."""
     try:
         yield
+    except UnsupportedModelError:
+        raise
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise UnsupportedModelError(where, f"its config is invalid ({error!r})") from error
 

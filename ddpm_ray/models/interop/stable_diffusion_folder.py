@@ -15,6 +15,7 @@ from ddpm_ray.models.interop.diffusers_config import (
 )
 from ddpm_ray.models.interop.diffusers_files import read_json, read_weights, weights_file
 from ddpm_ray.models.interop.diffusers_folders import (
+    MODEL_INDEX,
     DiffusersModel,
     autoencoder_of,
 )
@@ -24,7 +25,8 @@ from ddpm_ray.models.interop.transformers_text import clip_tokenizer_json
 
 READ = "DDPMScheduler", "DDIMScheduler"  # whose sampling settings are read
 SAMPLERS = {"PNDMScheduler": "plms", "DPMSolverMultistepScheduler": "dpm_solver_pp"}
-SPECIAL = "tokenizer_config.json", "special_tokens_map.json"  # the first that names a token counts
+SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+PIPELINES = "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"  # of these parts alone
 
 
 class TokenizerFiles(NamedTuple):
@@ -71,6 +73,12 @@ def read_stable_diffusion(
     autoencoder are not read. Raises UnsupportedModelError.
     """
     home = Path(folder)
+    if (index := home / MODEL_INDEX).is_file():
+        name = read_json(index).get("_class_name")
+        if name not in PIPELINES:
+            raise UnsupportedModelError(
+                str(index), f"_class_name is {name!r}; supported is {' or '.join(PIPELINES)}"
+            )
     text, of_text = read_clip_text(home / "text_encoder", end_token, null_tokens)
     config = read_json(home / "unet/config.json")
     spec, tensors = text_unet_from_diffusers(
@@ -98,6 +106,8 @@ def _facts(scheduler: Config) -> dict[str, dict[str, Any]]:
     Of a scheduler that ours do not equal, what it was trained with is read, and the sampler.
     """
     name = scheduler.get("_class_name")
+    # Files that were converted from PNDM's keep this key of it.
+    scheduler = {key: value for key, value in scheduler.items() if key != "skip_prk_steps"}
     if SAMPLING in scheduler or name in READ:
         facts = from_scheduler(scheduler)
     else:
@@ -110,8 +120,13 @@ def _facts(scheduler: Config) -> dict[str, dict[str, Any]]:
 
 
 def _pad_token(home: Path) -> str:
-    """The token that fills rows, as the files name it; empty: they do not."""
-    for name in SPECIAL:
+    """The token that fills rows, as the files name it; empty: they do not.
+
+    As transformers reads them: special_tokens_map.json counts, unless tokenizer_config.json is of
+    the later form, with `added_tokens_decoder`.
+    """
+    later = "added_tokens_decoder" in read_json(home / SPECIAL[0])
+    for name in SPECIAL if later else reversed(SPECIAL):
         if (home / name).is_file():
             token = read_json(home / name).get("pad_token")
             token = token.get("content") if isinstance(token, dict) else token

@@ -31,7 +31,7 @@ def run_without_noise(model_uri: str) -> RunConfig | None:
 
     Raises what `checkpoint_loading.run_facts` raises.
     """
-    # In MLflow only models that draw images are logged.
+    # In MLflow only models with noise are logged.
     if model_uri.startswith(IN_MLFLOW) or cascades.is_cascade(model_uri):
         return None
     config, _ = checkpoint_loading.run_facts(model_uri)
