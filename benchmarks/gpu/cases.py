@@ -73,6 +73,11 @@ OBJECTIVES: dict[str, list[str]] = {
     "input_perturbation": ["objective.input_perturbation=0.1"],
     "self_conditioning": ["objective.self_conditioning=true"],
     "low_resolution": ["objective.low_resolution_pixels=4", "objective.low_resolution_noise=0.1"],
+    "low_resolution crops and blur": [
+        "objective.low_resolution_pixels=4",
+        "objective.low_resolution_blur=0.6",
+        "objective.low_resolution_crop=4",
+    ],
     "inpainting_masks": ["objective.inpainting_masks=true"],
     "learned_range hybrid": LEARNED,
     "learned vlb": VLB,

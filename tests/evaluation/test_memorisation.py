@@ -240,7 +240,7 @@ def test_the_job_reports_a_model_that_recites(
 
     provenance = {"config": to_dict(RunConfig())}
     model = TrainedModel(Denoiser.of_noise(recite, schedule), ImageShape(6, 6, 3), provenance)
-    monkeypatch.setattr(load_model, "load", lambda *_, **__: model)
+    monkeypatch.setattr(load_model, "load_to_draw", lambda *_, **__: model)
     monkeypatch.setattr(evaluate_worker, "distributed_context", Workers)
     pack(tmp_path / "held-out", FRESH, [4, 2])
     picture = tmp_path / "nearest.png"

@@ -620,7 +620,7 @@ def test_a_model_of_latents_is_logged_with_its_autoencoder(
     )
     model_registry.log_model(without, checkpoint, LOADER)
     assert "does not load: " in caplog.text
-    assert "logged in MLflow without it: load it with autoencoder=URL" in caplog.text
+    assert "The copy is without it: load it with autoencoder=URL" in caplog.text
     uri = f"runs:/{without.run_id}/model"
     folder = model_registry.download_model(mlflow_database, uri, tmp_path / "second")
     assert not (folder / "autoencoder").exists()
