@@ -85,6 +85,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         held = {"image_encoder": {"url": found.url, "sha256": found.sha256}}
         prefix = name.removesuffix("encoder")
         trained(root / f"{prefix}prior", embedded, *PRIOR, *DIFFUSION, held=held)
+        if not prefix:
+            trained(root / "second-prior", embedded, *PRIOR, *DIFFUSION, seed=7, held=held)
         given = f"embedding.encoder={url}"
         trained(root / f"{prefix}decoder", data, *TINY_UNET, *DIFFUSION, *TEXT, given)
     trained(root / "plain", data, *TINY_UNET, *DIFFUSION)
@@ -187,7 +189,7 @@ def test_a_cascade_whose_parts_changed_is_refused(job: Job, runs: Path, tmp_path
         ddpm_ray.load_cascade(out)
     with pytest.raises(ConfigError, match=r"holds a cascade, not one model: load it"):
         ddpm_ray.load(out)
-    with pytest.raises(ConfigError, match=r"holds no cascade\.json: make a cascade with"):
+    with pytest.raises(ConfigError, match=r"holds no cascade\.json: name the folder"):
         ddpm_ray.load_cascade(runs / "prior")
 
 

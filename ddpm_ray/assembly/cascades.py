@@ -9,6 +9,7 @@ folder, which then holds a copy of that model (portable_models.py).
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 Parts: TypeAlias = dict[str, Any]  # the value of cascade.json
 
 FORMAT = 1
+COPY = re.compile(r"(prior|decoder|upsampler-\d+)-[0-9a-f]{12}")  # name of a copy's folder
 IDENTITY = "run.json"  # of a run (runs/run_identity.py)
 
 
@@ -81,9 +83,16 @@ def write_cascade(folder: str, parts: Parts) -> None:
             log.warning("%s: this cascade.json is replaced", error)
         else:
             if _weights(found) != _weights(parts):
-                was = redacted(found["decoder"]["url"])
-                log.warning("%s held another cascade, with the decoder %s: replaced", folder, was)
+                log.warning("%s held a cascade of other models: it is replaced", folder)
     checksummed_json.write(object_store.join(folder, CASCADE), parts, FORMAT)
+
+
+def remove_former_copies(folder: str, parts: Parts) -> None:
+    """Delete the copies in `folder` that its cascade.json does not name. Raises StorageError."""
+    named = {one["url"] for one in (parts["prior"], parts["decoder"], *parts["upsamplers"])}
+    for name in object_store.folders(folder):
+        if COPY.fullmatch(name) and name not in named:
+            object_store.delete_folder(object_store.join(folder, name))
 
 
 def require_no_run(folder: str) -> None:
@@ -106,10 +115,11 @@ def write_copies(folder: Path, parts: Parts) -> Parts:
     """
 
     def copied(part: dict[str, str], name: str) -> dict[str, str]:
-        if missing := copy_model(part["url"], folder / name):
+        place = f"{name}-{part['sha256'][:12]}"  # other weights do not overwrite these
+        if missing := copy_model(part["url"], folder / place):
             problem = missing[0].partition(". The copy is without it")[0]
             raise ConfigError(f"{name} cannot be copied: {problem}; put that encoder back")
-        return part | {"url": name}
+        return part | {"url": place}
 
     upsamplers = enumerate(parts["upsamplers"], start=1)
     own = {
@@ -129,7 +139,10 @@ def trained_cascade(url: str, device: torch.device | str | None = "cpu") -> Casc
     or has other weights, and ValueError for an unusable device.
     """
     if not is_cascade(url):
-        raise ConfigError(f"{url} holds no {CASCADE}: make a cascade with `ddpm-ray cascade`")
+        raise ConfigError(
+            f"{url} holds no {CASCADE}: name the folder of a cascade, or make one with `ddpm-ray "
+            f"cascade`; one model loads with ddpm_ray.load"
+        )
     parts = _parts(url)
     models = {
         "prior": _place(url, parts["prior"]),
@@ -138,10 +151,11 @@ def trained_cascade(url: str, device: torch.device | str | None = "cpu") -> Casc
     }
     try:
         found = _loaded(models, device)
-    except CheckpointError as error:
+    except (CheckpointError, StorageError) as error:
+        where, problem = error.args[:2]
         remedy = "put it back, or make the cascade again with `ddpm-ray cascade`"
         raise CheckpointError(
-            url, f"a part of this cascade does not load: {error}", remedy
+            url, f"a part of this cascade does not load: {where}: {problem}", remedy
         ) from error
     held = [parts["prior"], parts["decoder"], *parts["upsamplers"]]
     origins = [one.provenance for one in (found, *found.upsamplers)]

@@ -86,6 +86,8 @@ def output_url(option: str, url: str, home: Path, *, data_set: bool = False) -> 
     if "://" in url and not url.startswith("file://"):
         return url
     path = url.removeprefix("file://")
+    if not path:
+        raise ConfigError(f"{option} is empty; name a folder or URL")
     where = _local(option, path, home).resolve()
     if not (data_set and (where / MANIFEST).is_file()):
         output_folder(option, path, home)

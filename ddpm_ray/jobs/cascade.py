@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
-from ddpm_ray.cli.paths import home_folder
+from ddpm_ray.cli.paths import home_folder, output_url
 from ddpm_ray.config.jobs.cascade import CascadeConfig
 
 
@@ -24,7 +24,7 @@ def prepare(config: CascadeConfig, arguments: Namespace) -> CascadeConfig:
     from ddpm_ray.storage import object_store  # fsspec: after the config is read
 
     home = home_folder()
-    arguments.out = object_store.absolute(arguments.out, home)
+    arguments.out = output_url("--out", arguments.out, home)
     return replace(
         config,
         prior=object_store.absolute(config.prior, home),

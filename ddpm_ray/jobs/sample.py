@@ -3,6 +3,7 @@
     ddpm-ray sample MODEL_URI --out grid.png [key=value ...]
     python jobs/sample.py MODEL_URI --out grid.png [key=value ...]
 
+MODEL_URI may also be the folder of a cascade (`ddpm-ray cascade`), or one in MLflow.
 Options of the group `sampling` default to those that the model was trained with.
 """
 

@@ -164,6 +164,13 @@ def test_a_scheduler_that_was_converted_from_pndm_is_read(tmp_path: Path) -> Non
     assert ddpm_ray.load(tmp_path, "cpu").settings.sampler == "ddim"
 
 
+def test_a_scheduler_without_a_noise_schedule_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, "1")
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(UnsupportedModelError, match="_class_name is 'FlowMatchEulerDiscreteSch"):
+        ddpm_ray.load(tmp_path, "cpu")
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_the_padding_is_the_one_that_transformers_takes(later: bool, tmp_path: Path) -> None:
     """Of two files that differ; the later form of tokenizer_config.json goes first."""

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
 
 import ddpm_ray
+from ddpm_ray.assembly import cascades
 from ddpm_ray.assembly.cascades import write_copies
 from ddpm_ray.assembly.portable_models import copy_model
 from ddpm_ray.assembly.prior_loading import trained_prior
@@ -23,7 +24,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs.cascade import CascadeConfig
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
-from ddpm_ray.config.loading import ConfigError, to_dict
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.tracking import TrackingConfig
 from ddpm_ray.data.image_shape import ImageShape
@@ -33,6 +34,7 @@ from ddpm_ray.runs.load_model import load_to_draw
 from ddpm_ray.runs.make_cascade import make_cascade
 from ddpm_ray.sampling.sampling import Images
 from ddpm_ray.storage import checksummed_json
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
 from tests.data.captioned_sets import write_captioned
 from tests.fixtures.threaded_workers import OnWorkers
@@ -76,10 +78,10 @@ def test_a_cascade_with_copies_loads_anywhere(
     make()
     wanted = drawn(tmp_path / "cascade")
     parts = make(copies=True)
-    assert [one["url"] for one in (parts["prior"], *parts["upsamplers"])] == [
-        "prior",
-        "upsampler-1",
-    ]
+    names = [parts["prior"], parts["decoder"], *parts["upsamplers"]]
+    folders = {file.name for file in (tmp_path / "cascade").iterdir() if file.is_dir()}
+    assert folders == {one["url"] for one in names}
+    assert {name.rpartition("-")[0] for name in folders} == {"prior", "decoder", "upsampler-1"}
     shutil.move(tmp_path / "cascade", tmp_path / "elsewhere")
     runs.rename(gone := runs.with_name("gone"))
     try:
@@ -97,7 +99,9 @@ def test_a_copy_without_its_encoder_is_refused(
     """Before there is a cascade.json; a copy of a copy takes the encoder of the copy."""
     parts, encoder = make(), runs / "encoder"
     first = write_copies(tmp_path / "first", parts)
-    within = {name: {**first[name], "url": str(tmp_path / "first" / name)} for name in TWO}
+    within = {
+        name: {**first[name], "url": str(tmp_path / "first" / first[name]["url"])} for name in TWO
+    }
     encoder.rename(runs / "away")
     try:
         with pytest.raises(ConfigError, match=r"^prior cannot be copied: .*put that encoder back$"):
@@ -156,9 +160,44 @@ def test_another_cascade_in_the_folder_is_named(
     file.write_text("{}")
     make()
     said = [record.getMessage() for record in caplog.records]
-    assert f"held another cascade, with the decoder {first['decoder']['url']}: repl" in said[0]
+    assert said[0].endswith("held a cascade of other models: it is replaced")
     assert "this cascade.json is replaced" in said[1]
     assert len(said) == 2
+
+
+def test_copies_that_are_replaced_stay_until_the_new_ones_are_whole(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that ends as it writes leaves the cascade as it was; the next one tidies up."""
+    make(copies=True)
+    where = tmp_path / "cascade"
+    wanted = drawn(where)
+    before = {file.name for file in where.iterdir()}
+    with monkeypatch.context() as broken:
+        broken.setattr(cascades, "write_cascade", failing)
+        with pytest.raises(StorageError, match="the disk is full"):
+            make(prior="second-prior", copies=True)
+    for found, want in zip(drawn(where), wanted, strict=True):
+        np.testing.assert_array_equal(found, want)
+    assert before < {file.name for file in where.iterdir()}
+    make(copies=True)
+    assert {file.name for file in where.iterdir()} == before
+    make()
+    assert {file.name for file in where.iterdir()} == {"cascade.json"}
+
+
+def failing(folder: str, parts: Any) -> None:
+    """In place of write_cascade in the folder of the result."""
+    if Path(folder).name == "cascade":
+        raise StorageError(folder, "the disk is full", "free some")
+    checksummed_json.write(f"{folder}/cascade.json", parts)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", " "])
+def test_a_name_that_mlflow_does_not_take_is_refused_at_once(name: str) -> None:
+    words = ["prior=a", "decoder=b", f"register_as='{name}'"]
+    with pytest.raises(ConfigError, match=r"register_as is .*; MLflow takes names without / and"):
+        load_config(CascadeConfig, None, words)
 
 
 @pytest.mark.filterwarnings(*MLFLOWS)

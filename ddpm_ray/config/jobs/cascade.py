@@ -1,5 +1,6 @@
 """Options of the job cascade: the models that draw together."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -7,6 +8,7 @@ from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.tracking import TrackingConfig
 
 MOST_CANDIDATES = 4096
+NAME = re.compile(r"(?=.*\S)[^/:]+")  # of a registered model
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class CascadeConfig:
             yield (
                 "tracking is set, but register_as is empty, so that nothing is logged in MLflow: "
                 "set register_as, or leave it out"
+            )
+        if self.register_as and not NAME.fullmatch(self.register_as):
+            yield (
+                f"register_as is {self.register_as!r}; MLflow takes names without / and :, and not "
+                f"of blanks alone"
             )
         if not all(self.upsamplers):
             yield "upsamplers has an empty name; leave it out"

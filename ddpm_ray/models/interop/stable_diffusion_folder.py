@@ -110,6 +110,10 @@ def _facts(scheduler: Config) -> dict[str, dict[str, Any]]:
     scheduler = {key: value for key, value in scheduler.items() if key != "skip_prk_steps"}
     if SAMPLING in scheduler or name in READ:
         facts = from_scheduler(scheduler)
+    elif not scheduler.keys() & {"beta_schedule", "trained_betas"}:
+        raise UnsupportedModelError(
+            "scheduler", f"_class_name is {name!r}, and it holds no noise schedule (beta_schedule)"
+        )
     else:
         trained = {key: scheduler[key] for key in OF_TRAINING if key in scheduler}
         facts = from_scheduler(trained)
