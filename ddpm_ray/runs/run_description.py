@@ -128,12 +128,15 @@ def _text_encoder_line(model: TextModel) -> str:
 
 
 def data_line(url: str, dataset: Dataset) -> str:
-    """Name the data set, its size, image shape, labels and fingerprint."""
+    """Name the data set, its size, what it holds of the images, labels and fingerprint."""
     manifest = dataset.manifest
+    held = {"pixels": "", "latents": f"latents of {manifest.latent_shape}, of "}
+    held["embeddings"] = f"embeddings of width {manifest.embedding_width}, of "
     shape, labels = manifest.image_shape, len(manifest.label_names)
     of = counted(labels, "label") if labels else "no labels"
     return (
-        f"**Data set** {code(url)}: {counted(manifest.samples, 'image')} of {shape}, {of}, "
+        f"**Data set** {code(url)}: {held[manifest.codec]}{counted(manifest.samples, 'image')} "
+        f"of {shape}, {of}, "
         f"fingerprint {dataset.fingerprint[:12]}"
     )
 

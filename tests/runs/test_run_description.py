@@ -1,6 +1,7 @@
 """A run's description names what a reader asks first, and commands that can be pasted."""
 
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.evaluation.score_table import score_table, scores_alone
 from ddpm_ray.runs import run_description
 from ddpm_ray.tracking.run_note import MAX_NOTE
+from tests.data.embedding_sets import random_embeddings, write_embeddings
 
 DATASET: Any = SimpleNamespace(
     manifest=SimpleNamespace(
@@ -21,6 +23,9 @@ DATASET: Any = SimpleNamespace(
         diffused_shape=ImageShape(8, 8, 1),
         samples=1797,
         label_names=tuple("0123456789"),
+        codec="pixels",
+        latent_shape=None,
+        embedding_width=0,
     ),
     fingerprint="89d7628e765b" + "0" * 52,
 )
@@ -54,6 +59,13 @@ def test_it_names_data_schedule_network_and_scores_with_protocol() -> None:
         assert fact in text
     assert text.startswith("**Scores** of step 4,000"), "MLflow's page folds all but three lines"
     assert len(text) < MAX_NOTE / 2
+
+
+def test_it_says_what_an_encoded_set_holds(tmp_path: Path) -> None:
+    embeddings = write_embeddings(tmp_path / "e", random_embeddings(8, 6), 8)
+    assert "embeddings of width 6, of 8 images of 4x8x1, 7 labels" in run_description.data_line(
+        "e", embeddings
+    )
 
 
 def test_it_names_the_sizes_of_the_network() -> None:
