@@ -28,6 +28,7 @@ DRIVERS = {  # remedies where SQLAlchemy's driver of a database is not installed
 PASSING = "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"
 _DELETED = re.compile(r"(run|experiment) '?(\w+)'? must be in the 'active' state", re.IGNORECASE)
 _STATUS = re.compile(r"(?:error code|too many|status code:?) (\d{3})\b|^(\d{3}) (?:Client|Server)")
+_NO_ALIAS = re.compile(r"model alias .* not found")
 _NOT_MLFLOW = re.compile(
     r"not in a valid JSON format|Response body: '\s*<|error code 40[45]\b|^\w+: Response: \{"
     r"|Method Not Allowed|BadStatusLine|Failed to parse|not an MLflow answer"
@@ -111,8 +112,8 @@ def _permanent(uri: str, text: str, code: str, status: int | None) -> tuple[str,
     if status == 403 or code == "PERMISSION_DENIED":
         remedy = "give this user EDIT on the experiment, or name another tracking.experiment"
         return "MLflow forbids this to this user (403)", remedy
-    if code == "RESOURCE_DOES_NOT_EXIST":
-        return "not found in MLflow", "check the run's id or the model's name"
+    if code == "RESOURCE_DOES_NOT_EXIST" or _NO_ALIAS.search(text):
+        return "not found in MLflow", "check the run's id, or the model's name and alias"
     if "CERTIFICATE_VERIFY_FAILED" in text:
         remedy = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the file of its certificate authority"
         return "its TLS certificate is not trusted", remedy

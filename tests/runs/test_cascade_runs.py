@@ -35,6 +35,7 @@ from ddpm_ray.runs.make_cascade import make_cascade
 from ddpm_ray.sampling.sampling import Images
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.tracking.errors import TrackingError
 from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
 from tests.data.captioned_sets import write_captioned
 from tests.fixtures.threaded_workers import OnWorkers
@@ -225,6 +226,8 @@ def test_a_cascade_in_the_registry_draws_the_same(
     np.testing.assert_array_equal(served.predict(table), wanted[0])
     with pytest.raises(ConfigError, match="holds a cascade, not one model: load it with"):
         ddpm_ray.load("models:/fruit@champion")
+    with pytest.raises(TrackingError, match="the run's id, or the model's name and alias"):
+        ddpm_ray.load_cascade("models:/fruit@other")
     run = mlflow.get_run(made["run_id"])
     assert run.info.status == "FINISHED"
     assert made["decoder"]["url"] in run.data.tags["mlflow.note.content"]

@@ -633,7 +633,7 @@ def test_a_model_of_latents_is_logged_with_its_autoencoder(
 def test_a_model_that_is_not_there_is_reported_in_a_line(
     place: str, uri: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(TrackingError, match="check the run's id or the model's name") as reported:
+    with pytest.raises(TrackingError, match="check the run's id, or the model's name") as reported:
         model_registry.download_model(uri, place, tmp_path)
     assert len(str(reported.value).splitlines()) == 1
 
