@@ -96,13 +96,14 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
 
 
 def close_all(run: Run, last_rows_s: float) -> int:
-    """Close stream, spare process and sink; return the number of undelivered rows.
+    """Close trace, stream, spare process and sink; return the number of undelivered rows.
 
     An error of one does not keep the others from being closed: rows would be lost, and a process
     would keep its resources.
     """
     try:
         run.stream.close()
+        run.end_trace()
     finally:
         try:
             if run.spare is not None:
@@ -130,8 +131,7 @@ def assemble(
     log = training_run.step_log(config, dataset.manifest.image_shape, workers, use)
     guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
     writer = _writer(config, settings, workers)
-    unsent: list[Row] = []
-    saves_first = False
+    unsent, saves_first = list[Row](), False
     if found := shared_reading.load_newest(writer.store, workers):
         writer.committed, snapshot = found
         require_same_data(dataset, snapshot.facts["data_fingerprint"], "checkpoint was trained on")
@@ -147,7 +147,7 @@ def assemble(
     sink = _tracker(config, settings, unsent, writer.store.check_lease) if workers.is_main else None
     outputs = training_outputs(config, settings, dataset, codec, state, workers, sink)
     left = partial(evaluate_on_workers, state, outputs, workers, writer, settings["folder"])
-    spare = spare_evaluations(config, settings, state, workers, writer, sink)
+    trace = StepTrace(config.training.profile_steps, sink, workers.device)
     return Run(
         plan=training_run.plan(config, workers.count),
         state=state,
@@ -167,9 +167,10 @@ def assemble(
         snapshot_ema=training_run.ema_snapshotter(
             config, state, writer, settings["folder"], workers
         ),
-        traced=StepTrace(config.training.profile_steps, sink, workers.device).step,
+        traced=trace.step,
+        end_trace=trace.close,
         saves_first=saves_first,
-        spare=spare,
+        spare=spare_evaluations(config, settings, state, workers, writer, sink),
         evaluate_outstanding=left,
     )
 

@@ -119,6 +119,7 @@ class Run:
     validate: Callable[[int], None]  # adds its losses to state.validation_losses
     snapshot_ema: Callable[[int], None] = lambda step: None  # see ema_snapshots.py
     traced: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
+    end_trace: Callable[[], None] = lambda: None
     spare: SpareEvaluations | None = None  # None: the workers draw and evaluate in the step
     # Without a spare process: what one of an earlier start left. Its argument commits a checkpoint.
     evaluate_outstanding: Callable[[Callable[[], None]], None] = lambda commit: None

@@ -60,6 +60,12 @@ class StepTrace:
             self._finish(self._profiler, step)
             self._profiler = None
 
+    def close(self) -> None:
+        """Stop a trace whose last step was not reached: a profiler keeps each operation."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
     def _started(self) -> profile:
         activities = [ProfilerActivity.CPU]
         if self._on_cuda:

@@ -30,7 +30,8 @@ class Closing:
 def test_an_error_of_one_does_not_keep_the_others_from_being_closed(fails: str) -> None:
     """Else the spare process keeps a GPU, and the last rows are lost."""
     closed, names = list[str](), ("stream", "spare", "sink")
-    run: Any = SimpleNamespace(**{name: Closing(name, closed, name == fails) for name in names})
+    parts = {name: Closing(name, closed, name == fails) for name in names}
+    run: Any = SimpleNamespace(**parts, end_trace=lambda: None)
     if fails:
         with pytest.raises(OSError, match=f"{fails} cannot be closed"):
             close_all(run, 1.0)
@@ -41,6 +42,7 @@ def test_an_error_of_one_does_not_keep_the_others_from_being_closed(fails: str) 
 
 def test_other_workers_have_only_a_stream_to_close() -> None:
     closed = list[str]()
-    run: Any = SimpleNamespace(stream=Closing("stream", closed, False), spare=None, sink=None)
+    stream = Closing("stream", closed, False)
+    run: Any = SimpleNamespace(stream=stream, spare=None, sink=None, end_trace=lambda: None)
     assert close_all(run, 1.0) == 0
     assert closed == ["stream"]

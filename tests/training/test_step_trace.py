@@ -30,6 +30,7 @@ def traced(steps: tuple[int, ...], taken: range) -> dict[str, set[str]]:
     for step in taken:
         with trace.step(step):
             OPERATIONS[step - 1](torch.ones(3))
+    trace.close()
     return {
         path: {str(event.get("name")) for event in content["traceEvents"]}
         for path, content in sink.kept.items()
@@ -88,3 +89,4 @@ def test_a_trace_names_each_part_of_a_step_around_its_operations() -> None:
 )
 def test_there_is_no_trace_without_its_last_step(steps: tuple[int, ...], taken: range) -> None:
     assert traced(steps, taken) == {}
+    assert not torch._C._autograd._profiler_enabled()  # it would keep each operation
