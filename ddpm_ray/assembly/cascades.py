@@ -80,19 +80,34 @@ def write_cascade(folder: str, parts: Parts) -> None:
         try:
             found = _parts(folder)
         except StorageError as error:
-            log.warning("%s: this cascade.json is replaced", error)
+            log.warning(
+                "%s: %s cannot be used (%s) and is replaced", folder, CASCADE, error.args[1]
+            )
         else:
             if _weights(found) != _weights(parts):
                 log.warning("%s held a cascade of other models: it is replaced", folder)
     checksummed_json.write(object_store.join(folder, CASCADE), parts, FORMAT)
 
 
-def remove_former_copies(folder: str, parts: Parts) -> None:
-    """Delete the copies in `folder` that its cascade.json does not name. Raises StorageError."""
-    named = {one["url"] for one in (parts["prior"], parts["decoder"], *parts["upsamplers"])}
-    for name in object_store.folders(folder):
-        if COPY.fullmatch(name) and name not in named:
-            object_store.delete_folder(object_store.join(folder, name))
+def warn_of_unused_copies(folder: str, parts: Parts) -> None:
+    """Log the copies in `folder` that its cascade does not use. Raises StorageError.
+
+    They are not deleted: another cascade, or a run, may name them by URL.
+    """
+    models = (parts["prior"], parts["decoder"], *parts["upsamplers"])
+    used = [f"{_place(folder, one)}/" for one in models]
+    copies = [name for name in object_store.folders(folder) if COPY.fullmatch(name)]
+    unused = [
+        name
+        for name in copies
+        if not any(url.startswith(f"{object_store.join(folder, name)}/") for url in used)
+    ]
+    if unused:
+        log.warning(
+            "%s: this cascade does not use the copies %s; delete them if nothing else does",
+            folder,
+            ", ".join(sorted(unused)),
+        )
 
 
 def require_no_run(folder: str) -> None:
@@ -115,6 +130,7 @@ def write_copies(folder: Path, parts: Parts) -> Parts:
     """
 
     def copied(part: dict[str, str], name: str) -> dict[str, str]:
+        """Copy a model; return the part with its place."""
         place = f"{name}-{part['sha256'][:12]}"  # other weights do not overwrite these
         if missing := copy_model(part["url"], folder / place):
             problem = missing[0].partition(". The copy is without it")[0]

@@ -213,9 +213,8 @@ class RunConfig:
                 f"network: choose inception or digits"
             )
         if encoder := self.evaluation.alignment_encoder:
-            given = (
-                f"evaluation.alignment_encoder is {shown(encoder)}; it compares images with texts"
-            )
+            key = "evaluation.alignment_encoder"
+            given = f"{key} is {shown(encoder)}; it compares images with texts"
             if not (traits.draws_images and self.takes_text):
                 yield f"{given}, and this model draws no images of texts: leave it out"
             elif self.embedding.encoder and not self.sampling.prompts:

@@ -39,7 +39,7 @@ def make_cascade(out: str, config: CascadeConfig, home: Path) -> dict[str, Any]:
     cascade, parts = cascades.joined(*models, config.candidates)
     if not (config.copies or config.register_as):
         cascades.write_cascade(out, parts)
-        cascades.remove_former_copies(out, parts)
+        cascades.warn_of_unused_copies(out, parts)
         return {"cascade": out, **parts}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -47,7 +47,7 @@ def make_cascade(out: str, config: CascadeConfig, home: Path) -> dict[str, Any]:
         if config.copies:
             _upload(folder, out)
         cascades.write_cascade(out, copied if config.copies else parts)
-        cascades.remove_former_copies(out, copied if config.copies else parts)
+        cascades.warn_of_unused_copies(out, copied if config.copies else parts)
         made = {"cascade": out, **(copied if config.copies else parts)}
         if not config.register_as:
             return made

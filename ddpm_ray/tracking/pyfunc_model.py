@@ -49,18 +49,18 @@ class ServedPrior:
     ) -> npt.NDArray[np.float32]:
         """Draw an embedding of length 1 for each row of a table with a column `prompt`: [N, D].
 
-        Columns `seed` (0 without one) and `candidates` are settings, those of the first row.
+        Columns or `params` `seed` (0 without one) and `candidates` are settings, columns those of
+        the first row.
         Raises ValueError for a table without rows, or with other columns.
         """
         rows = model_input.to_dict("records")
         if not rows:
             raise ValueError("the table has no rows; give one, with a column prompt")
         prompts = [str(row["prompt"]) for row in rows]
-        wanted = {"seed": 0} | {key: value for key, value in rows[0].items() if key != "prompt"}
+        given = {key: value for key, value in rows[0].items() if key != "prompt"}
+        wanted = {"seed": 0} | given | (params or {})
         if others := wanted.keys() - {"seed", "candidates"}:
-            raise ValueError(
-                f"the table has the column {min(others)}; use prompt, seed, candidates"
-            )
+            raise ValueError(f"a prior has no setting {min(others)}; use prompt, seed, candidates")
         found: npt.NDArray[np.float32] = self.prior.embeddings(
             prompts, range(len(prompts)), **wanted
         ).numpy()

@@ -160,16 +160,19 @@ def test_another_cascade_in_the_folder_is_named(
     make()
     file.write_text("{}")
     make()
-    said = [record.getMessage() for record in caplog.records]
+    said = [one for one in map(str, caplog.messages) if "does not use the copies" not in one]
     assert said[0].endswith("held a cascade of other models: it is replaced")
-    assert "this cascade.json is replaced" in said[1]
+    assert "cascade.json cannot be used (it is not checksummed JSON (KeyError)) and is" in said[1]
     assert len(said) == 2
 
 
 def test_copies_that_are_replaced_stay_until_the_new_ones_are_whole(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A job that ends as it writes leaves the cascade as it was; the next one tidies up."""
+    """A job that ends as it writes leaves the cascade as it was; the next one names its files."""
     make(copies=True)
     where = tmp_path / "cascade"
     wanted = drawn(where)
@@ -180,11 +183,26 @@ def test_copies_that_are_replaced_stay_until_the_new_ones_are_whole(
             make(prior="second-prior", copies=True)
     for found, want in zip(drawn(where), wanted, strict=True):
         np.testing.assert_array_equal(found, want)
-    assert before < {file.name for file in where.iterdir()}
+    left = {file.name for file in where.iterdir()}
+    assert before < left
     make(copies=True)
-    assert {file.name for file in where.iterdir()} == before
-    make()
-    assert {file.name for file in where.iterdir()} == {"cascade.json"}
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert f"does not use the copies {', '.join(left - before)}; delete them if" in said
+    assert {file.name for file in where.iterdir()} == left  # another cascade may name them
+
+
+def test_a_cascade_of_copies_in_its_own_folder_keeps_them(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Named by URL; none of them is unused."""
+    parts, where = make(copies=True), tmp_path / "cascade"
+    wanted = drawn(where)
+    prior, decoder = (str(where / parts[name]["url"]) for name in TWO)
+    upsampler = str(where / parts["upsamplers"][0]["url"])
+    make_cascade(str(where), CascadeConfig(prior, decoder, (upsampler,), 3), tmp_path)
+    for found, want in zip(drawn(where), wanted, strict=True):
+        np.testing.assert_array_equal(found, want)
+    assert not caplog.records
 
 
 def failing(folder: str, parts: Any) -> None:

@@ -13,7 +13,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.runs import run_identity
-from ddpm_ray.runs.evaluation import evaluate_worker
+from ddpm_ray.runs.evaluation import scored_samples
 from ddpm_ray.runs.run_start import RunStart, begin_run
 from ddpm_ray.runs.run_tags import history_tags
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
@@ -205,7 +205,7 @@ def test_scores_name_initial_weights_and_changes(dataset: Dataset, tmp_path: Pat
     config = configured(dataset)
     commit(config, tmp_path, 60, RunStart("id", history=history))
     model = checkpoint_loading.trained_model(str(tmp_path))
-    assert evaluate_worker._weights(model).items() >= history.items()
+    assert scored_samples.weights_of(model.provenance).items() >= history.items()
     assert scoring.ema_provenance(config, 60).keys().isdisjoint(history)
 
 

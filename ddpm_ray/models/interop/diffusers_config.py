@@ -4,7 +4,7 @@ Each direction is one function. A config is supported if the round trip returns 
 first key with another value is named in the error.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -122,17 +122,12 @@ def _spec(config: Config) -> UNetSpec:
     )
 
 
-def _unet_config(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The full config of a spec."""
-    variant, mults = spec.variant, spec.channel_mults
-    plain = "Resnet{}sampleBlock2D" if variant.resampling_blocks else "{}Block2D"
-    kinds = [
-        "Attn{}Block2D" if 2**level in spec.attention_factors else plain
-        for level in range(len(mults))
-    ]
-    resampling = "resnet" if variant.resampling_blocks else "conv"
+def common_config(
+    spec: UNetSpec, image_size: tuple[int, int], kinds: Sequence[str]
+) -> dict[str, Any]:
+    """The keys that the U-Nets of diffusers share; `kinds` are the names of the levels' blocks."""
+    variant = spec.variant
     return {
-        **UNET,
         "sample_size": sample_size_of(image_size),
         "in_channels": spec.image_channels + spec.condition_channels,
         "out_channels": spec.image_channels * (2 if spec.learns_variance else 1),
@@ -140,19 +135,31 @@ def _unet_config(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
         "flip_sin_to_cos": variant.cosines_first,
         "down_block_types": [kind.format("Down") for kind in kinds],
         "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
-        "block_out_channels": [spec.base_channels * mult for mult in mults],
+        "block_out_channels": spec.widths,
         "layers_per_block": spec.blocks_per_level,
         "downsample_padding": int(variant.pads_both_sides),
-        "downsample_type": resampling,
-        "upsample_type": resampling,
         "dropout": spec.dropout,
-        "attention_head_dim": variant.head_channels or None,
         "norm_num_groups": spec.groups,
-        # With scale_shift, diffusers builds the middle attention without a norm unless this is set.
-        "attn_norm_num_groups": spec.groups if variant.scale_shift else None,
         "norm_eps": variant.norm_eps,
         "resnet_time_scale_shift": "scale_shift" if variant.scale_shift else "default",
         "num_class_embeds": spec.num_classes + 1 if spec.num_classes else None,
+    }
+
+
+def _unet_config(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The full config of a spec."""
+    variant, levels = spec.variant, range(len(spec.channel_mults))
+    plain = "Resnet{}sampleBlock2D" if variant.resampling_blocks else "{}Block2D"
+    kinds = ["Attn{}Block2D" if spec.attends(level) else plain for level in levels]
+    resampling = "resnet" if variant.resampling_blocks else "conv"
+    return {
+        **UNET,
+        **common_config(spec, image_size, kinds),
+        "downsample_type": resampling,
+        "upsample_type": resampling,
+        "attention_head_dim": variant.head_channels or None,
+        # With scale_shift, diffusers builds the middle attention without a norm unless this is set.
+        "attn_norm_num_groups": spec.groups if variant.scale_shift else None,
     }
 
 

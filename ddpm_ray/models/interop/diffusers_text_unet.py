@@ -13,11 +13,11 @@ from ddpm_ray.models.interop import state_dict_names
 from ddpm_ray.models.interop.diffusers_config import (
     Config,
     UnsupportedModelError,
+    common_config,
     full_config,
     image_size_of,
     refused_if_invalid,
     require_equal,
-    sample_size_of,
 )
 from ddpm_ray.models.interop.layouts import Layout, Tensors, gathered, on_meta_device, scattered
 from ddpm_ray.models.layers import Variant
@@ -205,25 +205,11 @@ def _config(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
         heads = [max(1, width // variant.head_channels) for width in spec.widths]
     return {
         **DEFAULTS,
-        "sample_size": sample_size_of(image_size),
-        "in_channels": spec.image_channels + spec.condition_channels,
-        "out_channels": spec.image_channels * (2 if spec.learns_variance else 1),
-        "freq_shift": variant.frequency_shift,
-        "flip_sin_to_cos": variant.cosines_first,
-        "down_block_types": [kind.format("Down") for kind in kinds],
-        "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
-        "block_out_channels": spec.widths,
-        "layers_per_block": spec.blocks_per_level,
-        "downsample_padding": int(variant.pads_both_sides),
-        "dropout": spec.dropout,
+        **common_config(spec, image_size, kinds),
         "attention_head_dim": heads,
         "cross_attention_dim": spec.text.width,
         "transformer_layers_per_block": spec.transformer_depth,
         "use_linear_projection": bool(variant.head_channels),
-        "norm_num_groups": spec.groups,
-        "norm_eps": variant.norm_eps,
-        "resnet_time_scale_shift": "scale_shift" if variant.scale_shift else "default",
-        "num_class_embeds": spec.num_classes + 1 if spec.num_classes else None,
     }
 
 

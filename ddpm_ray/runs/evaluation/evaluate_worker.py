@@ -21,12 +21,10 @@ from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.distributed import fatal_errors, startup
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.distributed.worker_context import distributed_context
-from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.alignment import Alignment
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
 from ddpm_ray.evaluation.memorisation import Neighbours, nearest_images, spread
-from ddpm_ray.evaluation.reference_statistics import reference
-from ddpm_ray.evaluation.sample_quality import Scores
+from ddpm_ray.evaluation.sample_quality import SampleSet, Scores
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, vlb_bits_per_dim
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
@@ -34,6 +32,7 @@ from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_scores
 from ddpm_ray.runs.evaluation.evaluate_cascade import cascade_scores
 from ddpm_ray.runs.evaluation.evaluate_contrastive import contrastive_scores
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
+from ddpm_ray.runs.evaluation.scored_samples import scored_samples, weights_of
 from ddpm_ray.sampling.cascade import Cascade
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.drawing_model import DrawingModel
@@ -130,33 +129,23 @@ def _sample_scores(
     progress: ImageProgress,
 ) -> Scores:
     """Score samples against the data: FID and the other feature metrics."""
-    begun = from_dict(RunConfig, model.provenance["config"])
-    wanted = config.evaluation
-    net = scoring.feature_net(wanted, training_run.cache_dir(begun.data, "weights"), workers.device)
-    kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
-    dataset, codec = open_dataset(config.data_url), model.denoiser.codec
-    data = scoring.reference_data(wanted, dataset)
-    known = reference(data, net, workers, kernel_images=kept, codec=codec)
-    plan = with_prompts(plan, model.denoiser, data, wanted.num_images)
-    return sample_quality.evaluate_samples(
-        sample_quality.SampleSet(
+
+    def samples_for(data: Dataset) -> SampleSet:
+        """The model's samples, of prompts or of captions of `data`."""
+        prompted = with_prompts(plan, model.denoiser, data, config.evaluation.num_images)
+        return SampleSet(
             _drawing(model, config, workers),
-            plan,
+            prompted,
             image_shape=model.image_shape,
-            num_images=wanted.num_images,
+            num_images=config.evaluation.num_images,
             batch_size=config.sampling.batch_size,
-            weights=_weights(model) | {"guidance": vars(config.guidance)},
-            arithmetic=scoring.arithmetic_of_samples(wanted),
-            alignment=Alignment.of(encoders, plan.settings.clean_prompts),
-        ),
-        net,
-        known,
-        workers,
-        optional_metrics=scoring.optional_metrics(wanted),
-        held_out=scoring.held_out(wanted, net, workers, codec),
-        ceiling=scoring.ceiling(dataset, codec, net, known, wanted, workers),
-        counted=progress.counted,
-    )
+            weights=weights_of(model.provenance) | {"guidance": vars(config.guidance)},
+            arithmetic=scoring.arithmetic_of_samples(config.evaluation),
+            alignment=Alignment.of(encoders, prompted.settings.clean_prompts),
+        )
+
+    begun, codec = from_dict(RunConfig, model.provenance["config"]), model.denoiser.codec
+    return scored_samples(config, begun, codec, samples_for, workers, progress)
 
 
 def _drawing(model: DrawingModel, config: EvaluateConfig, workers: Workers) -> Denoiser:
@@ -169,19 +158,11 @@ def _drawing(model: DrawingModel, config: EvaluateConfig, workers: Workers) -> D
     return dataclasses.replace(model.denoiser, network=network)
 
 
-def _weights(model: DrawingModel) -> dict[str, Any]:
-    """Provenance of the weights: step, EMA, sha256."""
-    begun, origin = from_dict(RunConfig, model.provenance["config"]), model.provenance
-    return scoring.ema_provenance(begun, origin["step"], origin.get("average"), origin) | {
-        "model_sha256": origin["weights_sha256"]
-    }
-
-
 def _with_origin(found: dict[str, Any], model: DrawingModel, dataset: Dataset) -> dict[str, Any]:
     """Add weights, data set and choice of images to the provenance in `found`."""
     begun = from_dict(RunConfig, model.provenance["config"])
     origin = {
-        "model": _weights(model),
+        "model": weights_of(model.provenance),
         "data": {"sha256": dataset.fingerprint} | data_order.provenance(begun.data),
         "labels": "of the images" if model.denoiser.takes.num_classes else "none",
     }
