@@ -29,7 +29,7 @@ from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.tracking import TrackingConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
-from ddpm_ray.runs.evaluation import evaluate, evaluate_worker
+from ddpm_ray.runs.evaluation import evaluate, evaluate_cascade, evaluate_worker
 from ddpm_ray.runs.load_model import load_to_draw
 from ddpm_ray.runs.make_cascade import make_cascade
 from ddpm_ray.sampling.sampling import Images
@@ -40,6 +40,8 @@ from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
 from tests.data.captioned_sets import write_captioned
 from tests.fixtures.threaded_workers import OnWorkers
 from tests.runs.test_ema_search import RunControl
+from tests.sampling.test_cascade import PROMPTS
+from tests.sampling.test_cascade import cascade as exact_cascade
 from tests.test_cascade_job import TEXTS, runs  # noqa: F401
 from tests.tracking.test_mlflow_runs import MLFLOWS
 
@@ -335,8 +337,18 @@ def test_a_cascade_is_scored_the_same_by_any_number_of_workers(
         assert found["certificate"]["samples"] == alone["certificate"]["samples"]
         return dict(found["metrics"])
 
-    for found in on_workers(3, part):
-        assert found == pytest.approx(alone["metrics"], rel=1e-4)  # other batches
+    for count in (2, 3):  # two workers have a batch that begins at 3
+        for found in on_workers(count, part):
+            assert found == pytest.approx(alone["metrics"], rel=1e-4)  # other batches
+
+
+def test_each_batch_of_a_score_has_its_own_prompts() -> None:
+    """Wherever it begins: image i has prompt i % n of all, though the call gets a few."""
+    prompts = [PROMPTS[n] for n in (0, 1, 0, 0, 1)]
+    whole = exact_cascade().sample(7, prompts=prompts)
+    for part in (range(3, 5), range(1, 4), range(5, 7)):
+        found = evaluate_cascade._drawn(exact_cascade(), prompts, part)
+        np.testing.assert_array_equal(found, whole[part.start : part.stop])
 
 
 def test_scores_that_a_cascade_does_not_have_are_refused_before_ray_starts(
