@@ -13,6 +13,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MIXED_DTYPES = ("cpu",)  # devices whose group norm takes bfloat16 with float32 weights
+# From so many pixels on, torch's norm of bfloat16 in NHWC on a CPU is faster than one in NCHW with
+# two copies: 0.13 ms against 0.63 for [16, 32, 32, 32]. Below it takes 0.80 against 0.24 for
+# [16, 64, 16, 16], and its backward pass 2.8 against 0.9, and 0.9 against 0.3.
+FAST_NHWC_PIXELS = 1024
 
 
 class GroupNorm(nn.GroupNorm):
@@ -71,21 +75,22 @@ class _BFloat16GroupNorm(torch.autograd.Function):
         """Gradients of x (bfloat16), weight and bias (float32), where asked, and 3 times None."""
         x, weight, bias, mean, rstd = ctx.saved_tensors
         mixed = x.device.type in MIXED_DTYPES
+        layout = _layout(x)
+        if mixed:
+            x, gradient = x.contiguous(), gradient.contiguous()
         if ctx.activates:
             if mixed:
                 y, *_ = _normalised(x, weight, bias, ctx.groups, ctx.eps)
             else:
                 y = _affine(x, weight, bias, mean, rstd)
             gradient = torch.ops.aten.silu_backward(gradient, y)
-        if mixed:
-            gradient = gradient.contiguous(memory_format=_layout(x))
-        else:  # CUDA's kernel takes a single dtype and layout
+        if not mixed:  # CUDA's kernel takes a single dtype and layout
             x, gradient = x.float().contiguous(), gradient.float().contiguous()
         sizes = x.shape[0], x.shape[1], x.shape[2:].numel(), ctx.groups
         to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward(
             gradient, x, mean, rstd, weight, *sizes, ctx.needs_input_grad[:3]
         )
-        to_x = None if to_x is None else to_x.bfloat16()
+        to_x = None if to_x is None else to_x.to(torch.bfloat16, memory_format=layout)
         return to_x, to_weight, to_bias, None, None, None
 
 
@@ -94,8 +99,12 @@ def _normalised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Group norm of x in bfloat16, and the float32 mean and 1 / deviation [B, G] of each group."""
     if x.device.type in MIXED_DTYPES:
-        sizes = x.shape[0], x.shape[1], x.shape[2:].numel()
-        return torch.native_group_norm(x, weight, bias, *sizes, groups, eps)
+        layout, pixels = _layout(x), x.shape[2:].numel()
+        if pixels < FAST_NHWC_PIXELS:
+            x = x.contiguous()
+        sizes = x.shape[0], x.shape[1], pixels
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, groups, eps)
+        return y.contiguous(memory_format=layout), mean, rstd
     mean, rstd = _statistics(x, groups, eps)
     return _affine(x, weight, bias, mean, rstd), mean, rstd
 

@@ -1,10 +1,13 @@
-"""Attention in bfloat16 training on a CPU: close to float32, and float32's own bits elsewhere."""
+"""Attention in bfloat16 on a CPU: close to float64, and torch's own bits elsewhere."""
+
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm_ray.models import layers
 from ddpm_ray.models.layers import attend
 
 
@@ -24,6 +27,21 @@ def test_training_with_bfloat16_weights_has_the_gradients_of_float64() -> None:
     for ours, one in zip(found, wanted, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.double() - one).norm() < 0.02 * one.norm()
+
+
+@pytest.mark.parametrize("most_keys", [4, 5])
+def test_without_a_gradient_many_keys_take_the_fused_kernel(
+    most_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The products of 5 keys keep all their weights in memory; the fused kernel does not."""
+    monkeypatch.setattr(layers, "MAX_KEYS_OF_PRODUCTS", most_keys)
+    parts, exact = inputs(torch.bfloat16), inputs(torch.float64)
+    fused = mock.Mock(wraps=F.scaled_dot_product_attention)
+    with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", fused):
+        found = attend(*parts)
+    assert fused.called == (most_keys < 5)
+    wanted = F.scaled_dot_product_attention(*exact)
+    assert (found.double() - wanted).norm() < 0.02 * wanted.norm()
 
 
 @pytest.mark.parametrize("autocast", [False, True])

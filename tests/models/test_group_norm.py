@@ -34,11 +34,13 @@ def reference(norm: GroupNorm, x: Tensor) -> Tensor:
     return y * y.sigmoid() if isinstance(norm, GroupNormSiLU) else y
 
 
-@pytest.fixture(params=["cpu", "other devices"])
+@pytest.fixture(params=["cpu", "cpu, large images", "other devices"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The CPU's kernel, and the kernels of other devices, on the CPU."""
-    if request.param != "cpu":
+    """The CPU's kernels, and those of other devices, on the CPU."""
+    if request.param == "other devices":
         monkeypatch.setattr(group_norm, "MIXED_DTYPES", ())
+    if request.param == "cpu, large images":
+        monkeypatch.setattr(group_norm, "FAST_NHWC_PIXELS", 0)
     return str(request.param)
 
 
