@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -20,7 +20,8 @@ from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.frozen_text import ContrastiveText, FrozenText
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.models.interop.transformers_text import TOKENIZER, text_folder
+from ddpm_ray.models.interop.open_clip_text import frozen_text_folder
+from ddpm_ray.models.interop.transformers_text import TOKENIZER
 from ddpm_ray.models.prior import Prior
 from ddpm_ray.models.text_encoder import FrozenTextSpec
 from ddpm_ray.models.unet import UNet
@@ -148,7 +149,7 @@ def _files(kind: FrozenTextKind, url: str) -> dict[str, str]:
         case "contrastive":
             return encoder_files(url)
         case "transformers":
-            found = text_folder(url)
+            found = frozen_text_folder(url)
             return {name: str(found.path / name) for name in found.files}
         case never:
             assert_never(never)
@@ -164,8 +165,10 @@ def _of_contrastive(url: str) -> TextModel:
 
 
 def _of_transformers(url: str, length: int) -> TextModel:
-    found = text_folder(url)
+    found = frozen_text_folder(url)
     tokenizer = Tokenizer.read(str(found.path / TOKENIZER), length)
+    if found.pad_token is not None:
+        tokenizer = replace(tokenizer, pad=found.pad_token)
     end = tokenizer.end_token
     found.require_tokens(end, tokenizer.vocabulary, length)
     spec = FrozenTextSpec(found.width, found.pooled_width, tokenizer.null_tokens)

@@ -27,13 +27,13 @@ class TextConfig:
         "none",
         "text encoder; none: images without text; transformer: CLIP's, trained with the network; "
         "contrastive: that of a run with task=contrastive, frozen; transformers: CLIP or T5 in a "
-        "folder of that library, frozen",
+        "folder of that library, or CLIP in one of open_clip, frozen",
         defines_run=True,
     )
     model: str = option(
         "",
         "frozen text encoder: folder or URL of its run or checkpoint, or a local folder that "
-        "transformers saved; a continued run may name another place of the same model",
+        "transformers or open_clip saved; a continued run may name another place of the same model",
     )
     tokenizer: str = option(
         "",

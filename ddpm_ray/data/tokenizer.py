@@ -108,7 +108,7 @@ class Tokenizer:
     @property
     def sha256(self) -> str:
         """sha256 of its file, and of its padding token if that is given; it identifies it."""
-        padding = f"\n{self.pad}" if self.pad else ""
+        padding = "" if self.pad is None else f"\n{self.pad}"
         return hashlib.sha256((self.json + padding).encode()).hexdigest()
 
     @property

@@ -47,6 +47,7 @@ class TextFolder:
     positions: int  # most tokens of a text; 0: any number
     end_token: int | None  # that CLIP looks for; None: it needs none
     files: tuple[str, ...]  # all that is read
+    pad_token: int | None = None  # that fills rows; None: the tokenizer's own
 
     @property
     def is_clip(self) -> bool:
@@ -92,23 +93,28 @@ class TextFolder:
         """
         library = _library(str(self.path))
         try:
-            # A file may name another attention, which transformers would fetch: so it is set here.
-            model, found = getattr(library, self.kind).from_pretrained(
-                self.path,
-                local_files_only=True,
-                use_safetensors=True,
-                attn_implementation="sdpa",
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            model, missing = self._read(library)
         except Exception as error:  # of many types, by what is wrong with the files
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UnsupportedModelError(str(self.path), f"cannot be read: {reason}") from error
-        if missing := sorted(found["missing_keys"]):
+        if missing:
             lacking = counted(len(missing), "tensor")
             problem = f"its weights lack {lacking}, the first is {missing[0]}"
             raise UnsupportedModelError(str(self.path), problem)
         return ClipText(model) if self.is_clip else T5Text(model, end_token)
+
+    def _read(self, library: Any) -> tuple[Any, list[str]]:
+        """The model in float32, and the names of tensors that its weights lack."""
+        # A file may name another attention, which transformers would fetch: so it is set here.
+        model, found = getattr(library, self.kind).from_pretrained(
+            self.path,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        return model, sorted(found["missing_keys"])
 
 
 def text_folder(path: str) -> TextFolder:
