@@ -57,7 +57,13 @@ PRIOR = ("task=prior", "prior.width=8", "prior.depth=1", "training.grid_every_st
 
 
 def trained(
-    folder: Path, data: str, *keys: str, seed: int = 0, held: Any = None, step: int = 0
+    folder: Path,
+    data: str,
+    *keys: str,
+    seed: int = 0,
+    held: Any = None,
+    step: int = 0,
+    std: float = 0.1,
 ) -> str:
     """A run in `folder` on the set at `data`, saved with weights that give no zeros; its URL."""
     config = load_config(RunConfig, None, ["name=x", f"data.url={data}", f"seed={seed}", *keys])
@@ -66,7 +72,7 @@ def trained(
     state = initial_run(config, **{**texts, **encoder, **(held or {})})
     generator = torch.Generator().manual_seed(seed)
     for one in (*state.model.parameters(), *state.ema.model.parameters()):
-        torch.nn.init.normal_(one, std=0.1, generator=generator)
+        torch.nn.init.normal_(one, std=std, generator=generator)
     state.step = step
     return commit(state, folder)
 

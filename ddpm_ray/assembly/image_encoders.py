@@ -18,6 +18,7 @@ from ddpm_ray.assembly.encoder_loading import (
     encoders_of_sha256,
     trained_encoders,
 )
+from ddpm_ray.assembly.image_embeddings import FINGERPRINT, checked_embeddings
 from ddpm_ray.assembly.model_copies import copy_files, copy_in
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
@@ -66,26 +67,21 @@ class NamedImageEncoder:
 def settled_embedding(
     config: RunConfig, dataset: Dataset, stored: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """`config` with the width of its image embeddings, and the facts that name their encoder.
+    """`config` with the width of its image embeddings, and the facts that name them.
 
     The facts are empty for a run without embeddings. `stored` are the identity or the facts of a
-    run that is continued. Raises what `encoder_of_run` does, and ConfigError, in one line, for an
-    encoder that does not take the images of `dataset`.
+    run that is continued. Raises what `encoder_of_run` and `checked_embeddings` do, and
+    ConfigError, in one line, for an encoder that does not take the images of `dataset`.
     """
-    wanted, manifest = config.embedding, dataset.manifest
+    wanted = config.embedding
     if not wanted.encoder:
         return config, {}
     given = f"embedding.encoder is {sanitize(wanted.encoder)}"
-    if manifest.codec != "pixels":
-        raise ConfigError(
-            f"{given}, which embeds images, but {dataset.url} holds {manifest.codec}: train on the "
-            f"images, or leave it out"
-        )
     encoders = encoder_of_run(
         "embedding.encoder", wanted.encoder, "image_encoder", stored, trained_encoders
     )
     try:
-        encoders.require_fitting(manifest.image_shape)
+        encoders.require_fitting(dataset.manifest.image_shape)
     except ValueError as error:
         raise ConfigError(f"{given}: {error}") from error
     if wanted.width not in (0, encoders.width):
@@ -94,7 +90,10 @@ def settled_embedding(
             f"{encoders.width}: leave it out"
         )
     settled = replace(config, embedding=replace(wanted, width=encoders.width))
-    return settled, {"image_encoder": {"url": encoders.url, "sha256": encoders.sha256}}
+    facts: dict[str, Any] = {"image_encoder": {"url": encoders.url, "sha256": encoders.sha256}}
+    if embeddings := checked_embeddings(settled, dataset, encoders.sha256):
+        facts[FINGERPRINT] = embeddings.fingerprint
+    return settled, facts
 
 
 def named_encoder(

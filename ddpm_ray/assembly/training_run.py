@@ -15,20 +15,25 @@ from ddpm_ray.assembly.compilation import require_bf16
 from ddpm_ray.assembly.contrastive import contrastive_objective
 from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.assembly.frozen_text import bind_text_model
+from ddpm_ray.assembly.image_embeddings import stored_embeddings
 from ddpm_ray.assembly.image_encoders import named_encoder
 from ddpm_ray.assembly.networks import network
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.dataset_codec import codec_of
+from ddpm_ray.data.decoded_images import decoded_images, image_codec
+from ddpm_ray.data.embedded_stream import EmbeddedStream
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.tokenized_stream import TokenizedStream
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.models.autoencoder import Autoencoder
+from ddpm_ray.sampling.conditioning import ImageEmbedder
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import validation_loss
@@ -101,9 +106,11 @@ def training_objective(
         return autoencoder_objective(config, state, device, cache)
     if config.traits.embeds:
         return contrastive_objective(config, state)
-    named = named_encoder(config, state.facts, device)
-    # Loaded here, since a compiled step cannot load it.
-    return diffusion.objective(config, state, device, named.encoders if named else None)
+    encoder: ImageEmbedder | None = None
+    if named := named_encoder(config, state.facts, device):
+        # Loaded here, since a compiled step cannot load it; stored embeddings need none.
+        encoder = named if config.embedding.url else named.encoders
+    return diffusion.objective(config, state, device, encoder)
 
 
 def step_log(
@@ -176,13 +183,15 @@ def ema_snapshotter(
     return EmaSnapshotter(state, groups, every, last, store, writer).snapshot
 
 
-def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream:
-    """The data loader of this worker's share of each global batch."""
+def stream(
+    config: RunConfig, dataset: Dataset, workers: Workers, embeddings: Dataset | None = None
+) -> ShardStream:
+    """The data loader of this worker's share of each batch, of images or their `embeddings`."""
     sample_bytes = dataset.manifest.sample_bytes
     config = data_order.settled(config, sample_bytes)  # a run's driver has done so
     assert config.data.lanes is not None
     return ShardStream(
-        dataset,
+        embeddings or dataset,
         seed=config.seed,
         global_batch_size=config.training.global_batch_size,
         positions=workers.share(config.training.global_batch_size),
@@ -193,12 +202,16 @@ def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream
     )
 
 
-def stream_with_tokens(
+def stream_with_inputs(
     config: RunConfig, dataset: Dataset, workers: Workers, facts: Mapping[str, Any]
-) -> ShardStream | TokenizedStream:
-    """The `stream` of a run with these facts, with tokens of the captions if it has text."""
-    images, tokenizer = stream(config, dataset, workers), run_config.saved_tokenizer(facts)
-    return TokenizedStream(images, tokenizer, config.seed) if tokenizer else images
+) -> ShardStream | EmbeddedStream | TokenizedStream:
+    """The `stream` of a run with these facts, with its stored embeddings and tokens, if any."""
+    embeddings, tokenizer = stored_embeddings(config, facts), run_config.saved_tokenizer(facts)
+    images = stream(config, dataset, workers)
+    found: ShardStream | EmbeddedStream = images
+    if embeddings:
+        found = EmbeddedStream(images, stream(config, dataset, workers, embeddings))
+    return TokenizedStream(found, tokenizer, config.seed) if tokenizer else found
 
 
 def validator(
@@ -209,7 +222,12 @@ def validator(
     share, total = workers.share(groups), groups * len(LEVELS)
     positions = range(share.start * len(LEVELS), share.stop * len(LEVELS))
     samples = fixed_images(
-        config.data, dataset, positions, total, grid_logger.denoiser.takes.tokenizer
+        config.data,
+        dataset,
+        positions,
+        total,
+        grid_logger.denoiser.takes.tokenizer,
+        stored_embeddings(config, state.facts),
     )
     return Validator(
         state,
@@ -226,12 +244,13 @@ def validator(
 def with_inputs_of_data(
     denoiser: Denoiser, config: DataConfig, dataset: Dataset, count: int, device: torch.device
 ) -> Denoiser:
-    """`denoiser` with low-resolution images or embeddings of `count` images, if it takes any."""
+    """`denoiser` with small images or embeddings of `count` decoded images, if it takes any."""
     if not (denoiser.takes.low_resolution_pixels or denoiser.takes.image_encoder):
         return denoiser
     samples = fixed_images(config, dataset, range(count), count)
-    x_0 = denoiser.codec.encode(samples.images.to(device))
-    shown = replace(denoiser.takes, tokenizer=None).of_data(x_0, samples.labels.to(device))
+    stored = decoded_images(image_codec(dataset, denoiser.codec), samples.images.to(device))
+    x_0, labels = PIXELS.encode(stored.to(device)), samples.labels.to(device)
+    shown = replace(denoiser.takes, tokenizer=None).of_data(x_0, labels)
     return replace(denoiser, low_resolution_images=shown.low_resolution, embeddings=shown.embedding)
 
 
@@ -241,20 +260,25 @@ def fixed_images(
     positions: range,
     total: int,
     tokenizer: Tokenizer | None = None,
+    embeddings: Dataset | None = None,
 ) -> Batch:
     """The images at `positions` of a fixed set of `total` images, read from few shards.
 
     The set depends only on the data set and `total`: it is the first batch for a fixed seed. With a
-    `tokenizer` each has the tokens of one of its captions.
+    `tokenizer` each has the tokens of one of its captions; `embeddings` is a set of those images.
     """
     if not positions:  # with more workers than images, some get none
         nothing = torch.empty(0, *dataset.manifest.sample_shape, dtype=torch.uint8)
         no_tokens = torch.empty(0, tokenizer.length, dtype=torch.int64) if tokenizer else None
         captioned = dataset.manifest.captioned and tokenizer is None
         no_labels = torch.empty(0, dtype=torch.int64)
-        return Batch(nothing, no_labels, [] if captioned else None, no_tokens)
-    found = ShardStream(
-        dataset,
+        no_embeddings = None
+        if embeddings:
+            no_embeddings = torch.empty(0, embeddings.manifest.embedding_width, dtype=torch.float16)
+        captions: list[tuple[str, ...]] | None = [] if captioned else None
+        return Batch(nothing, no_labels, captions, no_tokens, no_embeddings)
+    read = partial(
+        ShardStream,
         seed=validation_loss.SEED,
         global_batch_size=total,
         positions=positions,
@@ -263,6 +287,8 @@ def fixed_images(
         cache_dir=cache_dir(config, "shards"),
         cache_bytes=config.cache_bytes,
     )
+    images = read(dataset)
+    found = EmbeddedStream(images, read(embeddings)) if embeddings else images
     fixed = TokenizedStream(found, tokenizer, validation_loss.SEED) if tokenizer else found
     batch = fixed.batch(0)
     found.close()

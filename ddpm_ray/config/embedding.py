@@ -15,6 +15,11 @@ class EmbeddingConfig:
         "folder or URL of a run with task=contrastive, whose image encoder embeds each training "
         "image for the network; empty: no embedding",
     )
+    url: str = option(
+        "",
+        "folder or URL of the embeddings of the images in data.url, as `ddpm-ray encode` wrote "
+        "them with that encoder; empty: images are embedded in each step, which latents cannot be",
+    )
     width: int = option(
         0,
         "width of its embeddings; 0: that of the encoder, as found at the run's first start",
@@ -29,8 +34,13 @@ class EmbeddingConfig:
         defines_run=True,
     )
 
-    def problems(self, num_classes: int) -> Iterator[str]:
-        """Yield a line for options that nothing uses, and for labels together with embeddings."""
+    def problems(self, num_classes: int, flip: bool) -> Iterator[str]:
+        """Yield a line for options that nothing uses, for labels or flips next to embeddings."""
+        if self.encoder and self.url and flip:
+            yield (
+                f"data.flip is true, and embedding.url is {shown(self.url)}, whose embeddings are "
+                f"of images as they are stored: set data.flip to false"
+            )
         if self.encoder and num_classes:
             # Variations of an image and its embedding would need its label, too.
             yield (

@@ -147,7 +147,7 @@ class RunConfig:
         yield from self.objective.problems(self.schedule)
         yield from self.model.problems()
         yield from self.text.problems(self.model.transformer_depth)
-        yield from self.embedding.problems(self.model.num_classes)
+        yield from self.embedding.problems(self.model.num_classes, self.data.flip)
         yield from self.autoencoder.problems()
         yield from self.contrastive.problems()
         yield from self.prior.problems()

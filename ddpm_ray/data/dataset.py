@@ -58,6 +58,12 @@ class Dataset:
         return hashlib.sha256(self.manifest.to_json()).hexdigest()
 
     @property
+    def images_fingerprint(self) -> str:
+        """Fingerprint of the set of pixels: of this set, or of the one that was encoded."""
+        manifest = self.manifest
+        return self.fingerprint if manifest.codec == "pixels" else manifest.source_sha256
+
+    @property
     def recipe(self) -> Recipe:
         """The processing that made its images."""
         return Recipe(

@@ -31,6 +31,17 @@ def image_codec(dataset: Dataset, codec: Codec) -> Codec:
     return LatentCodec.of(dataset.manifest).bound(autoencoder)
 
 
+def decoded_images(codec: Codec, stored: Tensor) -> Tensor:
+    """Return the images uint8 [n, H, W, C] of stored samples: pixels as they are, latents decoded.
+
+    Latents are the means of their posteriors. `codec` is that of the samples: see `image_codec`.
+    """
+    if codec is PIXELS or not len(stored):
+        return stored
+    parts = torch.split(stored, DECODED_AT_ONCE)
+    return torch.from_numpy(np.concatenate([codec.decode(codec.encode(part)) for part in parts]))
+
+
 def read_decoded(
     dataset: Dataset,
     codec: Codec,

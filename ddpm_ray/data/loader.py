@@ -36,11 +36,17 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [b]; -1: no label
     captions: list[tuple[str, ...]] | None = None  # b, each of 0..64; None: a set without captions
     tokens: Tensor | None = None  # int64 [b, L], of one caption each, in place of the captions
+    embeddings: Tensor | None = None  # float16 [b, E], of the images as they are stored
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Images and labels."""
         return self.images, self.labels
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens and embeddings, which only some batches have."""
+        return self.tokens, self.embeddings
 
     def rows(self, part: slice) -> Batch:
         """The samples at these places, without captions."""
@@ -48,8 +54,9 @@ class Batch(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with each tensor changed, without captions."""
-        tokens = None if self.tokens is None else change(self.tokens)
-        return Batch(change(self.images), change(self.labels), tokens=tokens)
+        tokens, embeddings = (None if one is None else change(one) for one in self.inputs)
+        images, labels = map(change, self.tensors)
+        return Batch(images, labels, tokens=tokens, embeddings=embeddings)
 
 
 class ShardStream:

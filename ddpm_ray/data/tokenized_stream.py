@@ -5,19 +5,20 @@ from dataclasses import dataclass
 import torch
 
 from ddpm_ray.data.caption_choice import choose
+from ddpm_ray.data.embedded_stream import EmbeddedStream
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class TokenizedStream:
-    """The batches of a ShardStream with the tokens of a caption in place of all captions.
+    """The batches of a stream with the tokens of a caption in place of all captions.
 
     Which caption a sample has is a function of (seed, step, position in the global batch). A sample
     without captions has the text "".
     """
 
-    stream: ShardStream
+    stream: ShardStream | EmbeddedStream
     tokenizer: Tokenizer
     seed: int
 

@@ -28,7 +28,9 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
             tokenizer=object_store.absolute(config.text.tokenizer, home),
         ),
         embedding=dataclasses.replace(
-            config.embedding, encoder=object_store.absolute(config.embedding.encoder, home)
+            config.embedding,
+            encoder=object_store.absolute(config.embedding.encoder, home),
+            url=object_store.absolute(config.embedding.url, home),
         ),
         evaluation=absolute_evaluation_paths(config.evaluation, home),
         tracking=dataclasses.replace(

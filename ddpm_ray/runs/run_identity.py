@@ -2,7 +2,8 @@
 
     <folder>/run.json            {"identity", "folder", "config" or "sweep", "data_fingerprint",
                                  "version": of ddpm_ray, "init_from": initial weights, if any,
-                                 "text_encoder": one that is trained elsewhere, if any}
+                                 "text_encoder": one that is trained elsewhere, if any,
+                                 "image_encoder", "embeddings_fingerprint": likewise}
     <folder>/claims/<id>.json    in a bucket: the proposal of each driver that started it at once
 
 The MLflow run is found by the identity, so drivers that start a new name at once must agree on one.
@@ -15,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from ddpm_ray.assembly.image_embeddings import FINGERPRINT, named_set
 from ddpm_ray.assembly.run_config import saved_config
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.storage import checksummed_json, object_store
@@ -29,6 +31,7 @@ CLAIMS = "claims"
 TRIALS = "trials"  # below a sweep's folder
 SETTLE_S = 1.0  # see _agree
 SETTLE_TRIES = 10  # then the run starts anyway: simultaneous starts of one name are rare
+FROM_FACTS = ("init_from", "text_encoder", FINGERPRINT)  # that a checkpoint holds, too
 STALE_S = 60.0  # a claim that is this much older than ours is of a driver that died
 
 
@@ -58,6 +61,11 @@ def claim(
         lines.append(
             f"data.url holds data set {begun['data_fingerprint'][:12]}, but the run began with "
             f"{found['data_fingerprint'][:12]}"
+        )
+    mine, theirs = (one.get(FINGERPRINT, "") for one in (begun, found))
+    if mine != theirs:
+        lines.append(
+            f"embedding.url holds {named_set(mine)}, but the run began with {named_set(theirs)}"
         )
     if lines:
         remedy = f"{folder} holds another run; choose another name=, or restore these values"
@@ -99,7 +107,7 @@ def _from_checkpoints(folder: str) -> dict[str, Any] | None:
         "config": facts["config"],
         "data_fingerprint": facts["data_fingerprint"],
         "version": facts.get("version", ""),
-        **{key: facts[key] for key in ("init_from", "text_encoder") if key in facts},
+        **{key: facts[key] for key in FROM_FACTS if key in facts},
     }
 
 

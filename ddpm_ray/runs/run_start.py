@@ -53,7 +53,7 @@ def settled_config(config: RunConfig, dataset: Dataset, folder: str) -> RunConfi
 def settled_run(
     config: RunConfig, dataset: Dataset, folder: str
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """Return `settled_config` and the facts of the image encoder, as `settled_embedding` does."""
+    """Return `settled_config`, and the facts of `settled_embedding`."""
     settled = settled_config(config, dataset, folder)
     return settled_embedding(settled, dataset, stored_start(folder))
 
@@ -79,9 +79,9 @@ def begin_run(
 ) -> RunStart:
     """Claim the run in `folder` and find what `config` continues or begins from.
 
-    `tokenizer` is that of its texts, `encoder` the facts of its image encoder, `text_model` a text
-    encoder that is trained elsewhere. Raises ConfigError if another run is there, and the errors of
-    `initial_weights.py` for a new run's weights.
+    `tokenizer` is that of its texts, `encoder` the facts of its image encoder and embeddings,
+    `text_model` a text encoder that is trained elsewhere. Raises ConfigError if another run is
+    there, and the errors of `initial_weights.py` for a new run's weights.
     """
     shape = dataset.manifest.diffused_shape
     found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
@@ -130,9 +130,10 @@ def _require_agreement(folder: str, encoders: Mapping[str, Any]) -> None:
     The run that trains it may have committed a checkpoint in between.
     """
     stored = run_identity.stored_identity(folder)
-    for key, mine in encoders.items():
-        if key in stored and stored[key]["sha256"] != mine["sha256"]:
+    for key, option in ENCODER_KEYS.items():
+        mine = encoders.get(key)
+        if mine and key in stored and stored[key]["sha256"] != mine["sha256"]:
             raise ConfigError(
-                f"{ENCODER_KEYS[key]}: {mine['url']} is not the checkpoint that another driver "
+                f"{option}: {mine['url']} is not the checkpoint that another driver "
                 f"found when it started this run at once: run the same command again"
             )

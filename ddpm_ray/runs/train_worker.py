@@ -31,7 +31,7 @@ from ddpm_ray.runs.worker_process import (
     configure_process,
     facts_of_run,
     opened_data,
-    require_same_data,
+    require_same_sets,
 )
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import mlflow_settings
@@ -134,7 +134,7 @@ def assemble(
     unsent, saves_first = list[Row](), False
     if found := shared_reading.load_newest(writer.store, workers):
         writer.committed, snapshot = found
-        require_same_data(dataset, snapshot.facts["data_fingerprint"], "checkpoint was trained on")
+        require_same_sets(config, dataset, facts, snapshot.facts)
         state.restore(snapshot)
         saves_first = _record_changes(config, dataset, state, snapshot.facts)
         log.resume(snapshot.facts["bands"], snapshot.facts.get("core_seconds", 0.0))
@@ -154,7 +154,7 @@ def assemble(
         network=wrapping.wrapped(state, config.training, workers, use.clock if use else None),
         objective=training_run.training_objective(config, state, workers.device),
         guard=guard,
-        stream=training_run.stream_with_tokens(config, dataset, workers, state.facts),
+        stream=training_run.stream_with_inputs(config, dataset, workers, state.facts),
         workers=workers,
         log=log,
         checkpoints=writer,

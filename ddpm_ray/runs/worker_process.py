@@ -1,11 +1,13 @@
 """Set-up of a process that trains or evaluates: threads, data, facts of the run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import latents
+from ddpm_ray.assembly.image_embeddings import FINGERPRINT, named_set
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
@@ -46,9 +48,26 @@ def require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
         )
 
 
+def require_same_sets(
+    config: RunConfig, dataset: Dataset, facts: Mapping[str, Any], stored: Mapping[str, Any]
+) -> None:
+    """Raise DatasetError unless a run has the data and embeddings of a checkpoint.
+
+    `facts` are those of the run, `stored` those of the checkpoint.
+    """
+    require_same_data(dataset, stored["data_fingerprint"], "checkpoint was trained on")
+    mine, theirs = (one.get(FINGERPRINT, "") for one in (facts, stored))
+    if mine != theirs:
+        raise DatasetError(
+            config.embedding.url or "embedding.url",
+            f"{named_set(mine)}, and the checkpoint was trained on {named_set(theirs)}",
+            "put that one back, or start a run with another name=",
+        )
+
+
 def facts_of_run(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> dict[str, Any]:
     """Facts on the run that each checkpoint stores."""
-    encoder = settings.get("image_encoder")
+    named = ("image_encoder", FINGERPRINT)
     return {
         "config": settings["config"],
         "version": package_version(),
@@ -56,7 +75,7 @@ def facts_of_run(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> di
         "data_fingerprint": dataset.fingerprint,
         **latents.codec_facts(codec),
         **settings.get("tokenizer", {}),
-        **({"image_encoder": encoder} if encoder else {}),
+        **{key: settings[key] for key in named if settings.get(key)},
         "identity": settings["identity"],
         "label_names": list(dataset.manifest.label_names),
     }

@@ -58,18 +58,31 @@ class ConditioningSpec:
     tokenizer: Tokenizer | None = None  # of the texts; None: no text
     image_encoder: ImageEmbedder | None = None  # of the image embeddings; None: no embedding
 
-    def of_data(self, x_0: Tensor, labels: Tensor, tokens: Tensor | None = None) -> Conditioning:
+    def of_data(
+        self,
+        x_0: Tensor,
+        labels: Tensor,
+        tokens: Tensor | None = None,
+        embeddings: Tensor | None = None,
+    ) -> Conditioning:
         """The conditioning of images x_0 [B, C, H, W] of a data set, their labels [B] and tokens.
 
-        It has no estimate of x_0, which takes a call of the network, and no known part.
+        A network of embeddings is given `embeddings` [B, D]; without them the encoder embeds x_0,
+        which must be pixels then. There is no estimate of x_0, which takes a call of the network,
+        and no known part.
         """
         pixels = self.low_resolution_pixels
         return Conditioning(
             labels=labels if self.num_classes else None,
             tokens=tokens if self.tokenizer else None,
             low_resolution=downscaled(x_0, pixels) if pixels else None,
-            embedding=self.image_encoder.embed(x_0) if self.image_encoder else None,
+            embedding=self._embedding_of(x_0, embeddings),
         )
+
+    def _embedding_of(self, x_0: Tensor, embeddings: Tensor | None) -> Tensor | None:
+        if self.image_encoder is None:
+            return None
+        return self.image_encoder.embed(x_0) if embeddings is None else embeddings.float()
 
     def of_samples(self, index: Tensor, inputs: SampleInputs = NO_INPUTS) -> Conditioning:
         """The conditioning of the samples `index` [B], each a function of its index alone.

@@ -14,6 +14,7 @@ from ddpm_ray.config.sampling import (
     SampledModel,
     SamplingSettings,
 )
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.tokenizer import warn_of_cut_prompts
 from ddpm_ray.diffusion.samplers import OnStep
@@ -196,5 +197,5 @@ def embedded(model: DrawingModel, images: Images, per_image: int) -> Tensor:
             f"images are {' x '.join(map(str, found.shape[1:3]))}; variations are drawn of images "
             f"of the model's size, {' x '.join(map(str, model.image_size))}"
         )
-    x_0 = model.denoiser.codec.encode(torch.from_numpy(found).to(model.device))
-    return encoder.embed(x_0).repeat_interleave(per_image, dim=0)
+    pixels = PIXELS.encode(torch.from_numpy(found).to(model.device))  # of a model of latents, too
+    return encoder.embed(pixels).repeat_interleave(per_image, dim=0)

@@ -25,12 +25,6 @@ class TrialData:
     dataset: Dataset
     core_s: float | None
 
-    @property
-    def images(self) -> str:
-        """Fingerprint of the set of images: this set, or the one that was encoded."""
-        manifest = self.dataset.manifest
-        return self.dataset.fingerprint if manifest.codec == "pixels" else manifest.source_sha256
-
 
 class SweepData:
     """The data sets of a sweep by their absolute URLs, in the order in which they are named."""
@@ -45,13 +39,13 @@ class SweepData:
             if not any("data.autoencoder" in branch for branch in config.space):
                 latents.codec_of_data(run.data, dataset)  # raises for another autoencoder
             self._known[run.data.url] = TrialData(dataset, _core_s(dataset))
-        first, *others = self._known.values()
+        first, *others = (known.dataset for known in self._known.values())
         for other in others:
-            if other.images != first.images:
+            if (mine := other.images_fingerprint) != (wanted := first.images_fingerprint):
                 raise ConfigError(
-                    f"space.data.url names sets of different images: those of {first.dataset.url} "
-                    f"are of data set {first.images[:12]}, those of {other.dataset.url} of "
-                    f"{other.images[:12]}; encode one set of images with each autoencoder"
+                    f"space.data.url names sets of different images: those of {first.url} are of "
+                    f"data set {wanted[:12]}, those of {other.url} of {mine[:12]}; encode one set "
+                    f"of images with each autoencoder"
                 )
 
     @property

@@ -136,4 +136,4 @@ def _pairs(to: Batch, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _parts(batch: Batch) -> list[Tensor]:
-    return [*batch.tensors, *([] if batch.tokens is None else [batch.tokens])]
+    return [*batch.tensors, *(part for part in batch.inputs if part is not None)]

@@ -63,17 +63,23 @@ class NoisingRecipe:
         """Prepare the samples of `batch`, as `codec` stores them, at global positions of `step`."""
         there = batch.map(lambda part: part.to(device, non_blocking=True))
         if not self.compiled:
-            return self.draw(*there.tensors, there.tokens, step, positions)
+            return self.draw(*there.tensors, *there.inputs, step, positions)
         # What is compiled or captured keeps each number of the host for ever, and reads a tensor.
         number = torch.full((), step, device=device)
-        return self._compiled(*there.tensors, there.tokens, number, positions)
+        return self._compiled(*there.tensors, *there.inputs, number, positions)
 
     @cached_property
-    def _compiled(self) -> Callable[[Tensor, Tensor, Tensor | None, Step, Tensor], NoisyBatch]:
+    def _compiled(self) -> Callable[..., NoisyBatch]:
         return torch.compile(self.draw)
 
     def draw(
-        self, stored: Tensor, labels: Tensor, tokens: Tensor | None, step: Step, positions: Tensor
+        self,
+        stored: Tensor,
+        labels: Tensor,
+        tokens: Tensor | None,
+        embeddings: Tensor | None,
+        step: Step,
+        positions: Tensor,
     ) -> NoisyBatch:
         """Prepare samples that are on the device; `step` may be there too, as counter_rng.Step.
 
@@ -83,7 +89,8 @@ class NoisingRecipe:
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
         x_0 = self.codec.draw(stored, flips, seed, step, positions)
         x_0 = x_0.contiguous(memory_format=self.memory_format)
-        conditioning = self._conditioning(x_0, labels, tokens, step, positions)
+        of_data = self.takes.of_data(x_0, labels, tokens, embeddings)
+        conditioning = self._conditioning(of_data, x_0, step, positions)
         low, side = conditioning.low_resolution, self.low_resolution_crop
         if low is not None and side:
             x_0, low = cropped(x_0, low, side, seed, step, positions)
@@ -108,15 +115,9 @@ class NoisingRecipe:
         return counter_rng.uniform_int(self.seed, purpose, step, positions, 2**31) < share * 2**31
 
     def _conditioning(
-        self,
-        x_0: Tensor,
-        labels: Tensor,
-        tokens: Tensor | None,
-        step: Step,
-        positions: Tensor,
+        self, conditioning: Conditioning, x_0: Tensor, step: Step, positions: Tensor
     ) -> Conditioning:
-        """The conditioning of x_0: label dropout, conditioning augmentation and a mask."""
-        conditioning = self.takes.of_data(x_0, labels, tokens)
+        """`conditioning` of x_0 with dropouts, conditioning augmentation and a mask."""
         if self.label_dropout and not (
             conditioning.labels is None and conditioning.tokens is None
         ):  # (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1)

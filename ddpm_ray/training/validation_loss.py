@@ -68,7 +68,7 @@ class Validator:
         index = torch.arange(len(images), device=device) + self.first_index + start
         x_0 = self.denoiser.codec.draw(images, None, SEED, 0, index)
         noise = counter_rng.normal(SEED, Purpose.VALIDATION, 0, index, tuple(x_0.shape[1:]))
-        of_data = self.denoiser.takes.of_data(x_0, labels, there.tokens)
+        of_data = self.denoiser.takes.of_data(x_0, labels, *there.inputs)
         conditioning = of_data.repeat(2)  # two timesteps each
         return loss_at_log_snr(
             self.denoiser.noise(conditioning),

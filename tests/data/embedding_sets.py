@@ -5,12 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
+from ddpm_ray.assembly.encoder_loading import trained_encoders
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.data import shards
-from ddpm_ray.data.dataset import Dataset, write_index
+from ddpm_ray.data.dataset import Dataset, open_dataset, write_index
 from ddpm_ray.data.embedding_sums import embedding_sums
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_sums import Float16s
 from ddpm_ray.data.manifest import EmbeddingShardRow, Recipe
+from ddpm_ray.data.packing import encoded_packer
+from ddpm_ray.data.packing.embedding_encoder import EmbeddingEncoder
 
 
 def random_embeddings(samples: int, width: int = 5, seed: int = 0) -> Float16s:
@@ -20,6 +24,16 @@ def random_embeddings(samples: int, width: int = 5, seed: int = 0) -> Float16s:
     return unit
 
 
+def embed_images(url: str, encoders: str, folder: Path) -> Dataset:
+    """Embed the set of pixels at `url` by the run `encoders`, as `ddpm-ray encode` does."""
+    encoder = EmbeddingEncoder(trained_encoders(encoders))
+    plan = encoded_packer.make_encoding_plan(
+        open_dataset(url), str(folder), encoder, EncodeConfig()
+    )
+    encoded = [encoded_packer.encode_shard(plan, n, encoder) for n in range(plan.shards)]
+    return encoded_packer.finish_encoded(plan, encoded)
+
+
 def write_embeddings(
     folder: Path,
     embeddings: Float16s,
@@ -27,6 +41,7 @@ def write_embeddings(
     *,
     captioned: bool = False,
     encoder_sha256: str = "b" * 64,
+    source_sha256: str = "0" * 64,
 ) -> Dataset:
     """Write a set of embeddings of images of 4 x 8; sample n has label n % 7, caption `n`."""
     rows = []
@@ -47,7 +62,7 @@ def write_embeddings(
         "raw",
         "none",
         tuple("abcdefg"),
-        "0" * 64,
+        source_sha256,
         codec="embeddings",
         embedding_width=embeddings.shape[1],
         encoder_sha256=encoder_sha256,

@@ -96,6 +96,11 @@ def write_autoencoder(folder: Path, channels: int = 1, side: int = 8) -> Trained
 def encode_noise(folder: Path, images: int = 45, side: int = 8) -> str:
     """Write noise to pixels/, an autoencoder to autoencoder/, latents to latents/; their URL."""
     pack_noise(str(folder / "pixels"), images, side)
+    return encode_pixels(folder, side)
+
+
+def encode_pixels(folder: Path, side: int) -> str:
+    """Encode the images in pixels/ to latents/ by an autoencoder in autoencoder/; their URL."""
     encoder = LatentEncoder(write_autoencoder(folder / "autoencoder", side=side))
     source = open_dataset(str(folder / "pixels"))
     plan = encoded_packer.make_encoding_plan(

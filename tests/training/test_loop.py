@@ -37,12 +37,13 @@ from ddpm_ray.assembly import (
 )
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.frozen_text import text_facts, text_model
-from ddpm_ray.assembly.image_encoders import settled_embedding
+from ddpm_ray.assembly.image_encoders import named_encoder, settled_embedding
 from ddpm_ray.assembly.prior_loading import trained_prior
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.embedded_stream import EmbeddedStream
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream, read_captions
 from ddpm_ray.data.tokenized_stream import TokenizedStream
@@ -63,7 +64,7 @@ from ddpm_ray.training.run import Run
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import Snapshot
 from tests.data.captioned_sets import write_captioned
-from tests.data.embedding_sets import random_embeddings, write_embeddings
+from tests.data.embedding_sets import embed_images, random_embeddings, write_embeddings
 from tests.data.latent_sets import encode_noise
 from tests.fixtures.same_bits import assert_same_bits
 from tests.fixtures.threaded_workers import OnWorkers
@@ -135,6 +136,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
         "captioned",
         (*TEXT, "objective.label_dropout=0.5", "embedding.encoder=ENCODERS", *FLIPPED),
     ),
+    "decoder of latents": ("latents", ("embedding.encoder=ENCODERS", "embedding.url=OF_LATENTS")),
+    "decoder, stored": ("captioned", ("embedding.encoder=ENCODERS", "embedding.url=OF_CAPTIONED")),
     "prior": (
         "embeddings",
         (PRIOR, *TEXT, "objective.label_dropout=0.4", "objective.prediction=x_0"),
@@ -226,9 +229,13 @@ def sets(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     finished(config, encoders / "checkpoints")
     embedded = tmp_path_factory.mktemp("embedded")
     write_embeddings(embedded, random_embeddings(IMAGES, 6), 10, captioned=True)
+    of = {name: tmp_path_factory.mktemp(name) for name in ("OF_LATENTS", "OF_CAPTIONED")}
+    embed_images(str(Path(encoded).parent / "pixels"), str(encoders), of["OF_LATENTS"])
+    embed_images(str(captioned), str(encoders), of["OF_CAPTIONED"])
     return {
         "embeddings": str(embedded),
         "ENCODERS": str(encoders),
+        **{name: str(folder) for name, folder in of.items()},
         "pixels": data,
         "larger pixels": larger,
         "latents": encoded,
@@ -239,7 +246,8 @@ def sets(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def of_kind(sets: dict[str, str], kind: str, *overrides: str) -> list[str]:
     """The overrides of a run of that kind, its data set among them."""
     name, own = KINDS[kind]
-    own = tuple(one.replace("ENCODERS", sets.get("ENCODERS", "")) for one in own)
+    for place in ("ENCODERS", "OF_LATENTS", "OF_CAPTIONED"):
+        own = tuple(one.replace(place, sets.get(place, "")) for one in own)
     return [f"data.url={sets[name]}", *own, *overrides]
 
 
@@ -279,7 +287,9 @@ BY_LOSSES = (
     "schedule.num_steps=2",
     "sampling.steps=1",
 )
-OPEN: list[ShardStream | TokenizedStream] = []  # streams of processes that are gone
+OPEN: list[
+    ShardStream | EmbeddedStream | TokenizedStream
+] = []  # streams of processes that are gone
 
 
 @pytest.fixture(autouse=True)
@@ -295,11 +305,11 @@ def streamed(config: RunConfig, workers: Workers) -> ShardStream:
     return opened
 
 
-def with_tokens(
+def with_inputs(
     config: RunConfig, workers: Workers, facts: dict[str, Any]
-) -> ShardStream | TokenizedStream:
+) -> ShardStream | EmbeddedStream | TokenizedStream:
     dataset = open_dataset(config.data.url)
-    OPEN.append(training_run.stream_with_tokens(config, dataset, workers, facts))
+    OPEN.append(training_run.stream_with_inputs(config, dataset, workers, facts))
     return OPEN[-1]
 
 
@@ -347,7 +357,8 @@ def begin(
     validate: Callable[[int], None] = lambda step: None  # noqa: E731
     if config.traits.draws_images or config.traits.draws_embeddings:
         tokenizer = run_config.saved_tokenizer(facts)
-        denoiser = diffusion.denoiser(config, state.ema.model, CPU, codec, tokenizer)
+        embedder = named_encoder(config, facts, CPU)
+        denoiser = diffusion.denoiser(config, state.ema.model, CPU, codec, tokenizer, embedder)
         plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
         image_shape = dataset.manifest.image_shape
         grids = SampleGridLogger(denoiser, plan, image_shape, workers, str(folder), sink)
@@ -358,7 +369,7 @@ def begin(
         network=network,
         objective=training_run.training_objective(config, state, CPU),
         guard=guard,
-        stream=with_tokens(config, workers, facts),
+        stream=with_inputs(config, workers, facts),
         workers=workers,
         log=log,
         checkpoints=CheckpointWriter(store),
@@ -458,6 +469,7 @@ MARKS_OF_KIND: dict[str, Marks] = {
     ],
     "latents": [(dies_before_update, 5), (dies_in_save, 6), (dies_before_save, 8)],
     "latents, DiT": [(dies_before_update, 5), (dies_in_save, 6), (dies_before_save, 8)],
+    "decoder of latents": [(dies_before_update, 5), (dies_in_save, 6), (dies_before_save, 8)],
     "contrastive": [(dies_before_update, 5), (dies_in_save, 6)],
 }
 
@@ -595,6 +607,8 @@ def test_the_discriminator_trains_from_its_first_step_on(
         ("latents, DiT", ["data.flip=true", "model.dropout=0.3"]),
         ("latents", ["objective.inpainting_masks=true", "training.micro_batch_size=1"]),
         ("decoder", ["training.micro_batch_size=1", "training.precision=bf16_weights"]),
+        ("decoder of latents", ["training.precision=bf16_weights", "embedding.dropout=0.3"]),
+        ("decoder, stored", ["training.micro_batch_size=1", "embedding.dropout=0.3"]),
         ("frozen text", ["training.precision=bf16_weights"]),
         ("prior", ["training.micro_batch_size=1", "training.precision=bf16"]),
         ("prior, frozen text", ["training.precision=bf16_weights"]),
@@ -637,6 +651,7 @@ def test_any_kind_of_run_survives_its_death(
         "latents, DiT",
         "text",
         "decoder",
+        "decoder of latents",
         "prior",
         "prior, frozen text",
         "contrastive",
@@ -687,9 +702,9 @@ def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
     np.testing.assert_array_equal(drawn, whole_model.sample(2, steps=3, **of))
     edited = died_model.image_to_image(images, 0.5, steps=4)
     np.testing.assert_array_equal(edited, whole_model.image_to_image(images, 0.5, steps=4))
-    if kind == "decoder":
+    if kind.startswith("decoder"):
         varied = died_model.variations(images, per_image=2, steps=3)
-        assert varied.shape == (4, SIDE, SIDE, 1)
+        assert varied.shape == (4, *images.shape[1:])
         np.testing.assert_array_equal(varied, whole_model.variations(images, per_image=2, steps=3))
 
 
@@ -1218,7 +1233,17 @@ def test_the_error_stays_short_and_survives_a_pickle() -> None:
 
 @pytest.mark.usefixtures("_reports_at_each_step")
 @pytest.mark.parametrize(
-    "kind", ["adversary", "latents", "text", "frozen text", "decoder", "contrastive", "infonce"]
+    "kind",
+    [
+        "adversary",
+        "latents",
+        "text",
+        "frozen text",
+        "decoder",
+        "decoder of latents",
+        "contrastive",
+        "infonce",
+    ],
 )
 def test_with_elastic_reduction_workers_come_and_go_and_leave_the_same_bits(
     kind: str,
@@ -1228,7 +1253,7 @@ def test_with_elastic_reduction_workers_come_and_go_and_leave_the_same_bits(
     tmp_path: Path,
 ) -> None:
     """2 workers, then 4, then 1. Validation sees batches of other sizes, so it is off here."""
-    off = ["evaluation.validation_every_steps=0"] if kind == "latents" else []
+    off = ["evaluation.validation_every_steps=0"] if "latents" in kind else []
     elastic = "training.reduction=elastic", "training.reduction_slots=4"
     overrides = of_kind(sets, kind, *elastic, *off)
     wanted, rows = unbroken(*overrides)
