@@ -14,8 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.embedding_cases import STEPS, embedding_cases
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
-from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER, CONTRASTIVE, TEXT, TRANSFORMER
+from benchmarks.gpu.tiny_keys import (
+    ADVERSARY,
+    AUTOENCODER,
+    BF16,
+    CONTRASTIVE,
+    LATENTS,
+    PRIOR,
+    STORED,
+    TEXT,
+    TRANSFORMER,
+)
 from ddpm_ray.assembly import checkpoint_loading, diffusion, networks, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.image_shape import ImageShape
@@ -42,8 +53,6 @@ DIT = ["model.network=dit"]
 LABELS = ["model.num_classes=4"]
 LEARNED = ["objective.variance=learned_range", "objective.loss=hybrid"]
 VLB = ["objective.variance=learned", "objective.loss=vlb"]
-
-BF16 = "training.precision=bf16_weights"
 
 Case: TypeAlias = Callable[[torch.device], None]
 
@@ -207,7 +216,7 @@ SAMPLERS: dict[str, tuple[list[str], dict[str, Any]]] = {
 def cases() -> dict[str, Case]:
     """All cases by name, `<group>: <setting>`."""
     found: dict[str, Case] = {}
-    for name, keys in OBJECTIVES.items():
+    for name, keys in (OBJECTIVES | STEPS).items():
         found[f"step: {name}"] = partial(_steps, keys)
     found["step: spike skipped"] = _skipped_step
     for name, (keys, plan) in SAMPLERS.items():
@@ -221,35 +230,41 @@ def cases() -> dict[str, Case]:
     }
     for name, edit in EDITS.items():
         found[f"edit: {name}"] = partial(_edit, edit)
-    return found | {
-        "edit: enlarge": _enlarge,
-        "edit: inpaint conditioned": _inpaint_conditioned,
-        "score: evaluation": partial(_evaluation, 24),
-        "score: evaluation of few samples": partial(_evaluation, 4),
-        "score: nearest images": _nearest,
-        "score: bits per dimension": partial(_bits_per_dim, []),
-        "score: bits per dimension, learned": partial(_bits_per_dim, LEARNED),
-        "score: flow likelihood": _flow_likelihood,
-        "score: flow likelihood, exact": _exact_likelihood,
-        "picture: validation loss": _validation_loss,
-        "picture: denoising strip": _strip,
-        "picture: grid of enlarged images": _grid,
-        "checkpoint: loaded to sample": _loaded,
-        "checkpoint: averages of another width": _averaged,
-        "checkpoint: save and restore": partial(_checkpoint, []),
-        "checkpoint: autoencoder adversary": partial(_checkpoint, [*AUTOENCODER, *ADVERSARY]),
-        "checkpoint: autoencoder adversary bf16_weights": partial(
-            _checkpoint, [*AUTOENCODER, *ADVERSARY, BF16]
-        ),
-        "checkpoint: second_moment, averages, channels_last": partial(
-            _checkpoint,
-            [
-                *OBJECTIVES["second_moment"],
-                *OBJECTIVES["three averages"],
-                "training.channels_last=true",
-            ],
-        ),
-    }
+    return (
+        found
+        | embedding_cases()
+        | {
+            "edit: enlarge": _enlarge,
+            "edit: inpaint conditioned": _inpaint_conditioned,
+            "score: evaluation": partial(_evaluation, 24),
+            "score: evaluation of few samples": partial(_evaluation, 4),
+            "score: nearest images": _nearest,
+            "score: bits per dimension": partial(_bits_per_dim, []),
+            "score: bits per dimension, learned": partial(_bits_per_dim, LEARNED),
+            "score: flow likelihood": _flow_likelihood,
+            "score: flow likelihood, exact": _exact_likelihood,
+            "picture: validation loss": _validation_loss,
+            "picture: denoising strip": _strip,
+            "picture: grid of enlarged images": _grid,
+            "checkpoint: loaded to sample": _loaded,
+            "checkpoint: averages of another width": _averaged,
+            "checkpoint: save and restore": partial(_checkpoint, []),
+            "checkpoint: decoder of latents": partial(_checkpoint, [*LATENTS, *STORED]),
+            "checkpoint: prior": partial(_checkpoint, PRIOR),
+            "checkpoint: autoencoder adversary": partial(_checkpoint, [*AUTOENCODER, *ADVERSARY]),
+            "checkpoint: autoencoder adversary bf16_weights": partial(
+                _checkpoint, [*AUTOENCODER, *ADVERSARY, BF16]
+            ),
+            "checkpoint: second_moment, averages, channels_last": partial(
+                _checkpoint,
+                [
+                    *OBJECTIVES["second_moment"],
+                    *OBJECTIVES["three averages"],
+                    "training.channels_last=true",
+                ],
+            ),
+        }
+    )
 
 
 def _steps(keys: list[str], device: torch.device) -> None:

@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import fake_library
-from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER, CONTRASTIVE, TEXT, TRANSFORMER
+from benchmarks.gpu.tiny_keys import (
+    ADVERSARY,
+    AUTOENCODER,
+    CONTRASTIVE,
+    EMBEDDED,
+    LATENTS,
+    PRIOR,
+    STORED,
+    TEXT,
+    TRANSFORMER,
+)
 
 GOLDEN = Path(__file__).parents[2] / "tests/golden/step_syncs.json"
 SETTINGS = {  # of the task, objective or training, whose steps wait in ways of their own
@@ -35,6 +45,10 @@ SETTINGS = {  # of the task, objective or training, whose steps wait in ways of 
     "text": TEXT,
     "text transformer": [*TEXT, *TRANSFORMER],
     "contrastive": CONTRASTIVE,
+    "latents": LATENTS,
+    "decoder": EMBEDDED,
+    "decoder of latents": [*LATENTS, *STORED],
+    "prior": PRIOR,
     "autoencoder": AUTOENCODER,
     "autoencoder adversary": [*AUTOENCODER, *ADVERSARY],
 }

@@ -42,6 +42,24 @@ TEXT = [
     "text.heads=2",
 ]
 TRANSFORMER = ["model.transformer_depth=1", "text.pooled=false"]  # as in Stable Diffusion
+BF16 = "training.precision=bf16_weights"
+LATENTS = ["data.url=latents"]  # of benchmarks/gpu/tiny.py, as those below
+EMBEDDED = ["embedding.encoder=none", "embedding.width=8"]  # by an encoder in each step
+STORED = [*EMBEDDED, "embedding.url=embeddings", "data.flip=false"]
+PRIOR = [
+    "task=prior",
+    "data.url=embeddings",
+    "data.flip=false",
+    *TEXT,
+    "prior.width=16",
+    "prior.depth=1",
+    "prior.heads=2",
+    "objective.prediction=x_0",
+    "schedule.kind=cosine",
+    "schedule.num_steps=10",
+    "sampling.steps=4",
+    "training.grid_every_steps=0",
+]
 CONTRASTIVE = [
     "task=contrastive",
     *TEXT,
