@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
@@ -44,6 +45,7 @@ from ddpm_ray.training.run import Run
 from ddpm_ray.training.writer_lease import Lease
 from tests.data.embedding_sets import embed_images, random_embeddings, write_embeddings
 from tests.data.latent_sets import TINY_UNET, encode_noise, encode_pixels
+from tests.fixtures.job_script import run_job
 from tests.noise import pack, pack_noise
 from tests.test_cascade_job import CONTRASTIVE, DIFFUSION, PRIOR, TEXTS, trained
 from tests.training.test_loop import RecordingSink
@@ -402,6 +404,21 @@ def test_variations_of_latents_are_of_the_pixels(
     )
     with pytest.raises(ValueError, match="images are 8 x 6; variations are drawn of images of"):
         model.variations(images[:, :, :6])
+
+
+def test_the_job_edit_draws_variations_of_latents(
+    decoder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    picture, out = tmp_path / "image.png", tmp_path / "like-it.png"
+    Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE)).save(picture)
+    words = [decoder, str(picture), "--out", str(out), "kind=variations", "num_images=3"]
+    code, _, err = run_job("edit.py", words, monkeypatch, capsys)
+    assert code == 0, err
+    with Image.open(out) as found:
+        assert found.size[0] > 2 * SIDE
 
 
 def test_samples_of_a_run_have_embeddings_of_decoded_latents(

@@ -23,6 +23,7 @@ from ddpm_ray.data.loader import Batch
 from ddpm_ray.data.low_resolution import downscaled
 from ddpm_ray.diffusion import Parameterization, add_noise
 from ddpm_ray.diffusion.conditioning import NO_LABEL, Conditioning
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.training.noising import NoisingRecipe, NoisyBatch
 from ddpm_ray.training.objective import Objective
 
@@ -140,18 +141,43 @@ def test_a_compiled_noising_reads_the_step_from_the_device(
     """What is compiled once draws the bits of each step, as a CUDA graph of it would."""
     recipe = objective(*keys, "training.compile=default").noising
     assert not recipe.compiled  # on a CPU: bits of earlier runs
-    compiled_draws_the_bits_of_each_step(recipe, IMAGES, monkeypatch)
+    compiled_draws_the_bits_of_each_step(recipe, Batch(IMAGES, LABELS), monkeypatch)
+
+
+class NoEncoder:
+    """An image encoder that no step may call: the embeddings are stored."""
+
+    width = 6
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        raise AssertionError("the encoder was called")
+
+
+def test_a_compiled_noising_drops_stored_embeddings_of_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    takes = ConditioningSpec(image_encoder=NoEncoder())
+    recipe = replace(objective().noising, takes=takes, embedding_dropout=0.3)
+    stored = torch.randn(400, 6, generator=torch.Generator().manual_seed(3)).half()
+    batch = Batch(IMAGES, LABELS, embeddings=stored)
+    compiled_draws_the_bits_of_each_step(recipe, batch, monkeypatch)
+    given = recipe.noisy_batch(batch, 3, torch.arange(400), CPU).conditioning.embedding
+    assert given is not None
+    kept = given.any(1)
+    assert torch.equal(given[kept], stored[kept].float())
+    assert abs(int((~kept).sum()) - 120) < 4 * math.sqrt(400 * 0.3 * 0.7)
 
 
 def test_a_compiled_noising_draws_latents_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = LatentCodec(3, 2, ("plain", "flipped"), (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     recipe = replace(objective("data.flip=true").noising, codec=codec)
     stored = torch.randn(400, 2, 2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
-    compiled_draws_the_bits_of_each_step(recipe, stored.half(), monkeypatch)
+    batch = Batch(stored.half(), LABELS)
+    compiled_draws_the_bits_of_each_step(recipe, batch, monkeypatch)
 
 
 def compiled_draws_the_bits_of_each_step(
-    eager: NoisingRecipe, stored: Tensor, monkeypatch: pytest.MonkeyPatch
+    eager: NoisingRecipe, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Assert it of a recipe that is compiled once, without a break of its graph."""
     backend = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
@@ -162,8 +188,7 @@ def compiled_draws_the_bits_of_each_step(
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in (3, 4, 2**32 - 1):
             expected, drawn = (
-                columns(one.noisy_batch(Batch(stored, LABELS), step, *arguments))
-                for one in (eager, compiled)
+                columns(one.noisy_batch(batch, step, *arguments)) for one in (eager, compiled)
             )
             assert drawn.keys() == expected.keys()
             for name, value in expected.items():
