@@ -32,6 +32,7 @@ LAYERS = {
     "ddpm_ray.sampling": 3,
     "ddpm_ray.evaluation": 4,
     "ddpm_ray.training": 5,
+    "ddpm_ray.serving": 9,
     "ddpm_ray.assembly": 6,
     "ddpm_ray.tracking": 7,
     "ddpm_ray.distributed": 7,

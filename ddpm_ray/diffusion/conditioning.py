@@ -44,6 +44,11 @@ class Conditioning:
         return next((len(tensor) for tensor in self._given().values()), None)
 
     @property
+    def signature(self) -> tuple[tuple[str, torch.dtype, torch.Size], ...]:
+        """Name, type and shape of a row of each given input: `concat` needs equal ones."""
+        return tuple((name, one.dtype, one.shape[1:]) for name, one in self._given().items())
+
+    @property
     def images(self) -> list[Tensor]:
         """The given images [B, ., H, W], in the order in which networks concatenate them to x_t."""
         images = self.estimate, self.low_resolution, self.known
@@ -79,6 +84,10 @@ class Conditioning:
                 f"{alone[0]} is given for one of two batches; give it for both or for neither"
             )
         return Conditioning(**{name: torch.cat([mine[name], theirs[name]]) for name in mine})
+
+    def take(self, places: Tensor) -> Conditioning:
+        """The rows at these places of the batch, int64 [N]."""
+        return self._map(lambda tensor: tensor[places])
 
     def repeat(self, count: int) -> Conditioning:
         """The conditioning of the batch repeated `count` times, as a whole."""

@@ -1,0 +1,1 @@
+"""Serve trained models: an engine that batches denoising steps."""

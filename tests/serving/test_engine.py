@@ -1,0 +1,259 @@
+"""The engine: same images whoever shares a batch, jobs that come, go and fail between two steps."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.diffusion.parameterization import Parameterization
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
+from ddpm_ray.sampling.conditioning import ConditioningSpec
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.sampling.sampling import Images
+from ddpm_ray.serving.engine import Engine, EngineJob, EngineSettings, JobCancelledError
+from tests.limits import ENDS_S
+
+SCHEDULE = NoiseSchedule(schedules.cosine(20))
+KNOWN = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
+MASK = np.arange(64).reshape(8, 8) % 3 > 0
+Act = Callable[[TrainedModel], Images]
+JOBS: dict[str, Act] = {  # each is one job, at other steps, labels, guidance and methods
+    "ddim": lambda m: m.sample(2, steps=7, seed=1),
+    "ancestral, guided": lambda m: m.sample(
+        1, steps=5, seed=2, sampler="ancestral", labels=[1], guidance_scale=3.0
+    ),
+    "dpm_solver_pp": lambda m: m.sample(1, steps=4, seed=3, sampler="dpm_solver_pp", first=5),
+    "dpm_solver_pp_sde": lambda m: m.sample(1, steps=4, seed=3, sampler="dpm_solver_pp_sde"),
+    "unipc": lambda m: m.sample(3, steps=6, seed=4, sampler="unipc", labels=[0, 2]),
+    "heun": lambda m: m.sample(1, steps=4, seed=5, sampler="heun"),
+    "plms": lambda m: m.sample(1, steps=8, seed=6, sampler="plms", guidance_scale=2.0),
+    "repaint": lambda m: m.inpaint(KNOWN, MASK, steps=4, method="repaint", resamples=2, seed=7),
+    "replacement": lambda m: m.inpaint(KNOWN, MASK, steps=5, method="replacement", seed=8),
+    "outpaint": lambda m: m.outpaint(KNOWN, left=3, bottom=2, steps=4, method="replacement"),
+    "image to image": lambda m: m.image_to_image(KNOWN, 0.6, steps=6, seed=9),
+}
+
+
+class Counted(nn.Module):
+    """A network that records the rows and steps of its calls, and may be held."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.batches: list[list[int]] = []
+        self.called, self.go_on = threading.Semaphore(0), threading.Event()
+        self.go_on.set()
+        self.fails_with: int | None = None
+
+    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.called.release()
+        assert self.go_on.wait(ENDS_S)
+        self.batches.append(t.tolist())
+        labels = conditioning.labels
+        if labels is not None and self.fails_with in labels.tolist():
+            raise ValueError(f"this network fails with label {self.fails_with}")
+        output: Tensor = self.network(x_t, t, conditioning)
+        return output
+
+
+def counted(model: TrainedModel) -> Counted:
+    network = model.denoiser.network
+    assert isinstance(network, Counted)
+    return network
+
+
+@pytest.fixture
+def model() -> TrainedModel:
+    torch.manual_seed(0)
+    spec = UNetSpec(
+        image_channels=1,
+        base_channels=8,
+        channel_mults=(1, 2),
+        blocks_per_level=1,
+        attention_factors=(2,),
+        groups=4,
+        num_classes=3,
+    )
+    network = UNet(spec)
+    nn.init.normal_(network.conv_out.weight, std=0.1)
+    denoiser = Denoiser(
+        Counted(network.eval()),
+        Parameterization.of("epsilon", SCHEDULE),
+        takes=ConditioningSpec(num_classes=3),
+    )
+    return TrainedModel(denoiser, ImageShape(8, 8, 1), provenance={})
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine(EngineSettings(width=8)) as made:
+        yield made
+
+
+def submitted(engine: Engine, model: TrainedModel, act: Act, **how: Any) -> EngineJob[Images]:
+    own = engine.shared(model)
+    return engine.submit(lambda: act(own), **how)
+
+
+def held(model: TrainedModel) -> None:
+    """Stop the network at its next call."""
+    counted(model).go_on.clear()
+
+
+def test_jobs_of_all_kinds_at_once_give_the_images_of_each_alone(
+    engine: Engine, model: TrainedModel
+) -> None:
+    """To one grey level: a convolution sums in another order for another batch."""
+    alone = {name: act(model) for name, act in JOBS.items()}
+    counted(model).batches.clear()
+    jobs = {name: submitted(engine, model, act) for name, act in JOBS.items()}
+    for name, job in jobs.items():
+        found = job.result(ENDS_S).astype(int)
+        assert found.shape == alone[name].shape
+        assert np.abs(found - alone[name]).max() <= 1, name
+    assert any(len(set(batch)) > 2 for batch in counted(model).batches), "no batch was mixed"
+
+
+def test_with_exact_batches_the_bits_do_not_depend_on_other_jobs(model: TrainedModel) -> None:
+    with Engine(EngineSettings(width=8, exact=True)) as engine:
+        alone = {n: submitted(engine, model, act).result(ENDS_S) for n, act in JOBS.items()}
+        jobs = {name: submitted(engine, model, act) for name, act in JOBS.items()}
+        for name, job in jobs.items():
+            assert np.array_equal(job.result(ENDS_S), alone[name]), name
+        assert {len(batch) for batch in counted(model).batches} == {8}
+
+
+def test_a_short_job_joins_and_leaves_while_a_long_one_runs(
+    engine: Engine, model: TrainedModel
+) -> None:
+    held(model)
+    long = submitted(engine, model, lambda m: m.sample(1, steps=20, seed=1))
+    assert counted(model).called.acquire(timeout=ENDS_S)
+    short = submitted(engine, model, lambda m: m.sample(1, steps=2, sampler="dpm_solver_pp"))
+    seen: list[int] = []
+    short.when_done(lambda: seen.append(long.computed))
+    counted(model).go_on.set()
+    short.result(ENDS_S)
+    long.result(ENDS_S)
+    assert seen[0] < 20
+    rows = [len(batch) for batch in counted(model).batches]
+    assert rows.count(2) == 2
+    assert sum(rows) == 22
+
+
+def test_a_cancelled_job_computes_at_most_the_step_that_runs(
+    engine: Engine, model: TrainedModel
+) -> None:
+    held(model)
+    job = submitted(engine, model, lambda m: m.sample(1, steps=20))
+    assert counted(model).called.acquire(timeout=ENDS_S)
+    job.cancel()
+    counted(model).go_on.set()
+    with pytest.raises(JobCancelledError, match="the job was cancelled"):
+        job.result(ENDS_S)
+    assert job.computed == 1
+    assert len(counted(model).batches) == 1
+
+
+def test_what_is_cancelled_in_the_queue_never_begins(model: TrainedModel) -> None:
+    with Engine(EngineSettings(max_images=1)) as engine:
+        held(model)
+        first = submitted(engine, model, lambda m: m.sample(1, steps=2))
+        assert counted(model).called.acquire(timeout=ENDS_S)
+        waiting = [submitted(engine, model, lambda m: m.sample(1, steps=2)) for _ in range(3)]
+        assert [engine.place(job) for job in (first, *waiting)] == [0, 1, 2, 3]
+        waiting[0].cancel()
+        assert [engine.place(job) for job in waiting] == [0, 1, 2]
+        counted(model).go_on.set()
+        with pytest.raises(JobCancelledError, match="before it began"):
+            waiting[0].result(ENDS_S)
+        for job in (first, *waiting[1:]):
+            job.result(ENDS_S)
+        assert sum(map(len, counted(model).batches)) == 6
+
+
+def test_the_earliest_deadline_comes_first(model: TrainedModel) -> None:
+    with Engine(EngineSettings(width=1, max_images=1)) as engine:
+        held(model)
+        ended = []
+        first = submitted(engine, model, lambda m: m.sample(1, steps=1))
+        assert counted(model).called.acquire(timeout=ENDS_S)
+        for name, allowance_s in (("patient", 500.0), ("usual", 60.0), ("hasty", 1.0)):
+            job = submitted(engine, model, lambda m: m.sample(1, steps=1), allowance_s=allowance_s)
+            job.when_done(lambda name=name: ended.append(name))  # type: ignore[misc]
+        counted(model).go_on.set()
+        first.result(ENDS_S)
+        job.result(ENDS_S)
+        engine.submit(lambda: None, allowance_s=1e4).result(ENDS_S)
+    assert ended == ["hasty", "usual", "patient"]
+
+
+def test_an_error_of_one_job_reaches_that_job_alone(engine: Engine, model: TrainedModel) -> None:
+    """The batch of both fails; each call is then computed alone."""
+    good_alone = model.sample(1, steps=6, labels=[1])
+    counted(model).fails_with = 2
+    held(model)
+    first = submitted(engine, model, lambda m: m.sample(1, steps=1, labels=[0]))
+    assert counted(model).called.acquire(timeout=ENDS_S)
+    good = submitted(engine, model, lambda m: m.sample(1, steps=6, labels=[1]))
+    bad = submitted(engine, model, lambda m: m.sample(1, steps=6, labels=[2]))
+    counted(model).go_on.set()
+    first.result(ENDS_S)
+    with pytest.raises(ValueError, match="fails with label 2"):
+        bad.result(ENDS_S)
+    assert np.abs(good.result(ENDS_S).astype(int) - good_alone).max() <= 1
+
+
+def test_a_closed_engine_ends_its_jobs_and_takes_no_more(model: TrainedModel) -> None:
+    engine = Engine(EngineSettings(max_images=1))
+    held(model)
+    jobs = [submitted(engine, model, lambda m: m.sample(1, steps=20)) for _ in range(2)]
+    assert counted(model).called.acquire(timeout=ENDS_S)
+    counted(model).go_on.set()
+    engine.close()
+    for job in jobs:
+        with pytest.raises(JobCancelledError, match="the job was cancelled"):
+            job.result(ENDS_S)
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        engine.submit(lambda: None)
+
+
+def test_time_left_follows_from_the_costs_and_the_rate(model: TrainedModel) -> None:
+    with Engine(EngineSettings(max_images=1)) as engine:
+        assert engine.load == (0, 0.0)
+        submitted(engine, model, lambda m: m.sample(1, steps=4), cost=4).result(ENDS_S)
+        rate = engine.load[1]
+        assert rate > 0
+        held(model)
+        first = submitted(engine, model, lambda m: m.sample(1, steps=10), cost=10)
+        for _ in range(5):  # four of the job before, and the first of this one
+            assert counted(model).called.acquire(timeout=ENDS_S)
+        second = submitted(engine, model, lambda m: m.sample(1, steps=3), cost=3)
+        assert engine.load[0] == 13
+        assert engine.seconds_left(first) == pytest.approx(10 / rate)
+        assert engine.seconds_left(second) == pytest.approx(13 / rate)
+        counted(model).go_on.set()
+        second.result(ENDS_S)
+
+
+def test_outside_of_jobs_a_shared_model_computes_at_once(
+    engine: Engine, model: TrainedModel
+) -> None:
+    assert np.array_equal(engine.shared(model).sample(2, steps=3), model.sample(2, steps=3))
+    assert engine.batches == 0
+
+
+@pytest.mark.parametrize("name", ["width", "max_images"])
+def test_limits_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"engine.{name} is 0; it must be at least 1"):
+        EngineSettings(**{name: 0})  # type: ignore[arg-type]
