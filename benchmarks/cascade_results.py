@@ -1,6 +1,7 @@
 """Accuracy and pictures of a cascade of sprites: prior and decoder against true embeddings.
 
     python -m benchmarks.cascade_results CASCADE DATA FOLDER [prompts] [guidance scales] [images]
+    python -m benchmarks.cascade_results CASCADE priors PROMPTS SCALES PRIOR...
 
 CASCADE is a folder of `ddpm-ray cascade` whose models were trained on the seen characters, DATA the
 shards of captioned held-out characters of the cascade's size. Each prompt is the caption of a
@@ -27,6 +28,7 @@ import ddpm_ray
 from benchmarks.results import sheet
 from benchmarks.text_results import line, poses, sprites
 from ddpm_ray.assembly.image_encoders import NamedImageEncoder
+from ddpm_ray.assembly.prior_loading import trained_prior
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
@@ -140,11 +142,36 @@ def guidance(cascade: Cascade, data: str, scales: list[float], count: int, folde
     figure.savefig(folder / "cascade-guidance.png", dpi=120)
 
 
-if __name__ == "__main__":
-    given = sys.argv[1:]
-    loaded, out = ddpm_ray.load_cascade(given[0], "cpu"), Path(given[2])
+def priors(cascade: Cascade, count: int, scales: list[float], urls: list[str]) -> None:
+    """Print the shares of right parts with each prior and guidance scale of the prior."""
+    made = sprites()
+    of, prompts, full = drawn(made, count)
+    small = smaller(full, cascade.image_size[0])
+    decoder = replace(cascade, upsamplers=())
+    print(f"{count} held-out prompts, {cascade.settings.steps} steps; % right")
+    print(f"{'':12s} {' '.join(f'{name[:6]:>6s}' for name in made.PARTS)}    all")
+    print(line(made, "true+text", decoder.variations(small, prompts=prompts), of), flush=True)
+    for url in urls:
+        prior = trained_prior(url)
+        for scale in scales:
+            guided = replace(prior, settings=replace(prior.settings, guidance_scale=scale))
+            images = replace(decoder, prior=guided).sample(count, prompts=prompts)
+            print(line(made, f"{Path(url).name} {scale:g}", images, of), flush=True)
+
+
+def main(given: list[str]) -> None:
+    """Print tables and write pictures."""
+    loaded = ddpm_ray.load_cascade(given[0], "cpu")
+    if given[1] == "priors":
+        priors(loaded, int(given[2]), [float(scale) for scale in given[3].split(",")], given[4:])
+        return
+    out = Path(given[2])
     table(loaded, int(given[3]) if len(given) > 3 else PROMPTS)
     pictures(loaded, out)
     swept = [float(scale) for scale in given[4].split(",")] if len(given) > 4 else list(SCALES)
     if swept:
         guidance(loaded, given[1], swept, int(given[5]) if len(given) > 5 else IMAGES, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
