@@ -18,6 +18,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.run_info import RunMetadata
 from ddpm_ray.tracking.tracking_uri import (
     artifact_root,
+    require_database_folder,
     resolve_tracking_uri,
     warn_of_another_host,
 )
@@ -34,6 +35,7 @@ def make_cascade(out: str, config: CascadeConfig, home: Path) -> dict[str, Any]:
     uri = resolve_tracking_uri(home, config.tracking.uri) if config.register_as else ""
     if uri:
         warn_of_another_host(uri)
+        require_database_folder(uri)
     cascades.require_no_run(out)
     models = config.prior, config.decoder, config.upsamplers
     cascade, parts = cascades.joined(*models, config.candidates)
@@ -57,12 +59,13 @@ def make_cascade(out: str, config: CascadeConfig, home: Path) -> dict[str, Any]:
 def _upload(folder: Path, out: str) -> None:
     """Write the models' files below `out`; the caller writes cascade.json, which completes it.
 
-    Raises ConfigError for a text encoder of transformers, which is read from local folders alone.
+    Raises ConfigError for a text encoder of transformers or open_clip, which is read from local
+    folders alone.
     """
-    if not object_store.is_local(out) and any(folder.glob(f"*/{TEXT_ENCODER_COPY}/config.json")):
+    if not object_store.is_local(out) and any(folder.glob(f"*/{TEXT_ENCODER_COPY}/*config.json")):
         raise ConfigError(
-            f"copies is true and --out is {out}, but a text encoder of transformers loads from a "
-            f"local folder only: write to one"
+            f"copies is true and --out is {out}, but a text encoder of transformers or open_clip "
+            f"loads from a local folder only: write to one"
         )
     for file in sorted(one for one in folder.rglob("*") if one.is_file()):
         name = file.relative_to(folder).as_posix()

@@ -60,6 +60,22 @@ def database_file(uri: str) -> Path | None:
     return Path(found[2].removeprefix("/").partition("?")[0]) if found else None
 
 
+def require_database_folder(uri: str) -> None:
+    """Make the folder of an SQLite database; ConfigError if that fails.
+
+    MLflow would try to open the database again and again, for two minutes.
+    """
+    file = database_file(uri)
+    try:
+        if file is not None and not str(file).startswith("file:"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"tracking.uri is {uri}, and the folder of that database cannot be made "
+            f"({error.strerror}): name another place"
+        ) from error
+
+
 def warn_of_another_host(uri: str) -> None:
     """Warn if the environment's MLflow password would be sent to a host it does not name.
 

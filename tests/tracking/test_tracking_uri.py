@@ -20,6 +20,7 @@ from ddpm_ray.tracking.tracking_uri import (
     SCHEMES,
     artifact_root,
     database_file,
+    require_database_folder,
     resolve_tracking_uri,
     warn_of_another_host,
 )
@@ -158,3 +159,14 @@ print(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], logging.getLogger("urllib3").le
     )
     lines = done.stdout.splitlines()
     assert lines == ["[]", str(logging.NOTSET), f"10 {logging.ERROR}"]
+
+
+def test_the_folder_of_a_database_is_made_or_named_at_once(tmp_path: Path) -> None:
+    """MLflow tries for two minutes to open a database whose folder does not exist."""
+    require_database_folder(f"sqlite:///{tmp_path}/new/folder/mlflow.db")
+    assert (tmp_path / "new/folder").is_dir()
+    require_database_folder("http://mlflow.example.com")
+    (tmp_path / "file").touch()
+    place = f"sqlite:///{tmp_path}/file/below/mlflow.db"
+    with pytest.raises(ConfigError, match=rf"tracking.uri is {place}, and the folder of that data"):
+        require_database_folder(place)
