@@ -46,7 +46,7 @@ def classifier_free(
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale:g}; it lies from 0 (off) to 1 (all the way)")
-    by_step = None if interval is None else _scale_by_step(scale, interval, parameterization)
+    by_step = None if interval is None else scale_by_step(scale, interval, parameterization)
     null, both = conditioning.null() if null is None else null, conditioning
     if scale == 1:  # the same inside the interval as outside it
         by_step = None
@@ -134,9 +134,13 @@ def classifier_guided(
     return guided
 
 
-def _scale_by_step(
+def scale_by_step(
     scale: float, interval: tuple[float, float], parameterization: Parameterization | None
 ) -> list[float]:
+    """The guidance scale at each step 0..T: `scale` where sigma lies in `interval`, else 1.
+
+    Raises ValueError for an invalid interval, and without a parameterization.
+    """
     low, high = interval
     if not 0 <= low < high or parameterization is None:
         raise ValueError(

@@ -1,0 +1,54 @@
+"""The number of rows of a network call with which an engine computes the most rows per second."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+Clock = Callable[[], float]
+ROUNDS = 3  # timed calls of each width, after one that is not timed
+LEAST_GAIN = 1.05  # of the rate, for twice the rows: each call then takes nearly twice as long
+
+
+class WidthProfile(NamedTuple):
+    """What was measured for one shape of rows."""
+
+    width: int  # rows of a call
+    rows_per_s: float
+    seconds: dict[int, float]  # of a call, by its rows
+
+
+def profiled_width(
+    call: Callable[[int], object], most: int, *, clock: Clock = time.perf_counter
+) -> WidthProfile:
+    """Find the width, a power of two up to `most`, from which on more rows gain nothing.
+
+    `call(rows)` computes a call of that many rows and waits for its end. A wider call has more rows
+    per second, and each job waits longer for its step: the width is doubled as long as that gives
+    LEAST_GAIN times the rate. A width for which `call` raises MemoryError, or RuntimeError as torch
+    does, is too wide. Raises the error of a single row.
+    """
+    seconds: dict[int, float] = {}
+    best, width = 1, 1
+    while width <= most:
+        try:
+            seconds[width] = _median_s(call, width, clock)
+        except (MemoryError, RuntimeError):  # torch.OutOfMemoryError is a RuntimeError
+            if width == 1:
+                raise
+            break
+        if width > 1 and width / seconds[width] < LEAST_GAIN * best / seconds[best]:
+            break
+        best, width = width, 2 * width
+    return WidthProfile(best, best / seconds[best], seconds)
+
+
+def _median_s(call: Callable[[int], object], rows: int, clock: Clock) -> float:
+    """Median seconds of a call."""
+    call(rows)
+    took = []
+    for _ in range(ROUNDS):
+        begun_s = clock()
+        call(rows)
+        took.append(clock() - begun_s)
+    return statistics.median(took)

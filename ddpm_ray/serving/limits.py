@@ -1,0 +1,72 @@
+"""Limits of a server: work that waits, and the rate of each client."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Clock = Callable[[], float]
+
+
+class OverloadedError(Exception):
+    """There is too much work, or too many requests of a client; args are (reason, seconds)."""
+
+    @property
+    def retry_after_s(self) -> int:
+        """Whole seconds after which a request may be accepted, at least 1: HTTP's Retry-After."""
+        return max(1, math.ceil(self.args[1]))
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: try again in {self.retry_after_s} s"
+
+
+@dataclass(frozen=True)
+class QueueLimit:
+    """A bound of the work that an engine has accepted, in seconds at its measured rate."""
+
+    max_s: float  # of accepted work
+    load: Callable[[], tuple[int, float]]  # Engine.load: rows that are left, rows per second
+
+    def require_room(self, rows: int) -> None:
+        """Raise OverloadedError if there is no room for a job of so many rows.
+
+        An idle engine accepts any job, and so does one whose rate is not known yet.
+        """
+        left, rate = self.load()
+        if not left or not rate:
+            return
+        beyond_s = (left + rows) / rate - self.max_s
+        if beyond_s > 0:
+            waiting = f"work for {left / rate:.0f} s waits, and the limit is {self.max_s:g} s"
+            raise OverloadedError(waiting, min(beyond_s, left / rate))
+
+
+@dataclass
+class TokenBucket:
+    """Allows `burst` units at once and `per_s` in the long run; starts full.
+
+    A request above `burst` units is allowed when the bucket is full, and empties it below zero:
+    later ones wait until it is paid.
+    """
+
+    per_s: float
+    burst: float
+    clock: Clock = time.monotonic
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        self._level, self._at_s = self.burst, self.clock()
+
+    def take(self, units: float) -> None:
+        """Take `units`, or raise OverloadedError and take none."""
+        with self._lock:
+            now_s = self.clock()
+            self._level = min(self.burst, self._level + (now_s - self._at_s) * self.per_s)
+            self._at_s = now_s
+            lacking = min(units, self.burst) - self._level
+            if lacking > 1e-9 * self.burst:
+                raise OverloadedError("this client is over its rate", lacking / self.per_s)
+            self._level -= units
