@@ -11,7 +11,7 @@ LEAST_GAIN = 1.05  # of the rate, for twice the rows: each call then takes nearl
 
 
 class WidthProfile(NamedTuple):
-    """What was measured for one shape of rows."""
+    """The measured times of calls of one shape, and the width that follows."""
 
     width: int  # rows of a call
     rows_per_s: float

@@ -14,13 +14,17 @@ Clock = Callable[[], float]
 class OverloadedError(Exception):
     """There is too much work, or too many requests of a client; args are (reason, seconds)."""
 
+    def __init__(self, reason: str, seconds: float) -> None:
+        super().__init__(reason, seconds)
+        self.reason, self.seconds = reason, seconds
+
     @property
     def retry_after_s(self) -> int:
         """Whole seconds after which a request may be accepted, at least 1: HTTP's Retry-After."""
-        return max(1, math.ceil(self.args[1]))
+        return max(1, math.ceil(self.seconds))
 
     def __str__(self) -> str:
-        return f"{self.args[0]}: try again in {self.retry_after_s} s"
+        return f"{self.reason}: try again in {self.retry_after_s} s"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from ddpm_ray.serving.batch_width import profiled_width
 
 
 class Machine:
-    """Computes a call of n rows in `seconds(n)`, on a clock of its own; has room for `room` rows."""
+    """Computes a call of n rows, at most `room`, in `seconds(n)` on a clock of its own."""
 
     def __init__(self, seconds: Callable[[int], float], room: int = 10**9) -> None:
         self.seconds, self.room, self.now_s = seconds, room, 0.0
@@ -25,13 +25,15 @@ class Machine:
 def test_a_machine_that_computes_rows_one_by_one_gets_width_1() -> None:
     machine = Machine(lambda n: 0.01 * n)
     found = profiled_width(machine, 64, clock=lambda: machine.now_s)
-    assert (found.width, found.rows_per_s) == (1, pytest.approx(100))
+    assert found.width == 1
+    assert found.rows_per_s == pytest.approx(100)
 
 
 def test_a_machine_that_is_full_at_16_rows_gets_16() -> None:
     machine = Machine(lambda n: 0.01 * max(1, n / 16))
     found = profiled_width(machine, 64, clock=lambda: machine.now_s)
-    assert (found.width, found.rows_per_s) == (16, pytest.approx(1600))
+    assert found.width == 16
+    assert found.rows_per_s == pytest.approx(1600)
     assert found.seconds == pytest.approx({1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01, 16: 0.01, 32: 0.02})
 
 

@@ -32,7 +32,7 @@ SAMPLERS = (
     "heun",
     "plms",
 )
-GUIDANCE = (
+GUIDANCE: tuple[dict[str, float], ...] = (
     {},
     {"guidance_scale": 0.0},
     {"guidance_scale": 3.0},
@@ -77,7 +77,7 @@ def counted(model: TrainedModel, settings: dict[str, Any], images: int, **how: A
 def test_of_samples(
     sampler: str, guidance: dict[str, float], model: TrainedModel, network: Counting
 ) -> None:
-    settings = {"sampler": sampler, "steps": 7, **guidance}
+    settings: dict[str, Any] = {"sampler": sampler, "steps": 7, **guidance}
     model.sample(3, **settings)
     assert network.rows == counted(model, settings, 3) > 0
 
@@ -87,7 +87,7 @@ def test_of_samples(
 def test_of_image_to_image(
     sampler: str, strength: float, model: TrainedModel, network: Counting
 ) -> None:
-    settings = {"sampler": sampler, "steps": 9, "guidance_scale": 2.0}
+    settings: dict[str, Any] = {"sampler": sampler, "steps": 9, "guidance_scale": 2.0}
     model.image_to_image(KNOWN, strength, **settings)
     windows = editing.windows(12, 11, (8, 8))
     assert windows == 4
@@ -96,8 +96,8 @@ def test_of_image_to_image(
 
 @pytest.mark.parametrize("method", ["repaint", "replacement"])
 def test_of_inpaintings(method: Any, model: TrainedModel, network: Counting) -> None:
-    settings = {"sampler": "ancestral", "variance": "fixed_small", "steps": 8}
-    how = {"method": method, "resamples": 3, "jump_length": 2}
+    settings: dict[str, Any] = {"sampler": "ancestral", "variance": "fixed_small", "steps": 8}
+    how: dict[str, Any] = {"method": method, "resamples": 3, "jump_length": 2}
     model.inpaint(KNOWN, MASK, **how, **settings)
     painting = Painting(**how)
     assert network.rows == counted(model, settings, 2, windows=4, painting=painting)

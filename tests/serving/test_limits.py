@@ -52,7 +52,7 @@ def test_a_refused_request_is_accepted_after_the_stated_time(
         try:
             bucket.take(units)
         except OverloadedError as refused:
-            clock.now_s += refused.args[1] * (1 + 1e-6) + 1e-6
+            clock.now_s += refused.seconds * (1 + 1e-6) + 1e-6
             bucket.take(units)
 
 
@@ -79,5 +79,5 @@ def test_room_is_there_once_the_stated_time_has_passed(left: int, rows: int, rat
     try:
         QueueLimit(30.0, lambda: (left, rate)).require_room(rows)
     except OverloadedError as refused:
-        rest = max(0, int(left - refused.args[1] * rate * (1 + 1e-9)))
+        rest = max(0, int(left - refused.seconds * rate * (1 + 1e-9)))
         QueueLimit(30.0, lambda: (rest, rate)).require_room(rows - 1)
