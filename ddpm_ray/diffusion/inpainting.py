@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
+from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.diffusion.timestep_spacing import require_falling
 from ddpm_ray.diffusion.x0_estimator import X0Estimator
 
@@ -27,6 +28,7 @@ def repaint(
     mask: Tensor,
     noise: Callable[[int], Tensor],
     eta: float = 1.0,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """RePaint: images like x_T [B, ...], equal to `known` [B, ...] where `mask` is 1.
 
@@ -34,6 +36,7 @@ def repaint(
     `eta`, where 1 is the paper's DDPM with `fixed_small`; known pixels are drawn from q(x_s |
     known). `walk` is a sequence of steps from `jump_schedule`. noise(n), shaped like x_T, is the
     noise of transition n, counted from 0; the last one needs none. A learned variance is ignored.
+    `on_step` is called before each denoising transition.
     Raises ValueError for a walk that does not start at T or below and end at 0, for an invalid
     `eta` and for mask values other than 0 and 1.
 
@@ -56,6 +59,8 @@ def repaint(
                 x.mul_(math.sqrt(a_s / a)).add_(noise(n), alpha=math.sqrt(1 - a_s / a))
                 continue
             estimate.x_0(x, t, estimate.model_output(x, t)[:, : x.shape[1]], out=x_0)
+            if on_step is not None:
+                on_step(t, x, x_0)
             sigma = eta * math.sqrt((1 - a / a_s) * (1 - a_s) / (1 - a))
             direction = math.sqrt(1 - a_s - sigma**2) / math.sqrt(1 - a)
             x.mul_(direction).add_(x_0, alpha=math.sqrt(a_s) - direction * math.sqrt(a))

@@ -106,8 +106,7 @@ class DrawingModel:
         x_0_estimate)` is called at each step of each batch and must copy tensors that it keeps;
         `preview` shows them.
         """
-        if on_step is not None and not callable(on_step):
-            raise ValueError(f"on_step is {shown(on_step)}; give a function of (t, x_t, x_0)")
+        require_callable(on_step)
         chosen = self._chosen(settings)
         plan, shape = self._plan(chosen), self.image_shape
         indices = range(first, first + num_images)
@@ -176,6 +175,12 @@ class DrawingModel:
 def fields_of(model: DrawingModel) -> dict[str, Any]:
     """The fields that every drawing model has, by name."""
     return {name: getattr(model, name) for name in DrawingModel.__dataclass_fields__}
+
+
+def require_callable(on_step: OnStep | None) -> None:
+    """Raise ValueError for what cannot be called at each step."""
+    if on_step is not None and not callable(on_step):
+        raise ValueError(f"on_step is {shown(on_step)}; give a function of (t, x_t, x_0)")
 
 
 def in_turn(rows: Tensor, first: int) -> Tensor:

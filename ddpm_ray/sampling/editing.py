@@ -22,7 +22,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import inpainting, inversion, samplers
 from ddpm_ray.diffusion.conditioning import known_part
 from ddpm_ray.diffusion.process import Denoise, add_noise
-from ddpm_ray.diffusion.samplers import Noise
+from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from ddpm_ray.sampling import canvas
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -61,6 +61,8 @@ def inpaint(
     mask: Tensor,
     index: Tensor,
     size: Size,
+    *,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Repaint `known` [N, C, H, W] where `mask` is False; elsewhere the result is bit-identical.
 
@@ -73,13 +75,17 @@ def inpaint(
     noise = _noise(plan, index, known)
     if painting.method == "conditioned":
         denoise = _windowed_denoiser(denoiser, plan, index, known, size, known_part(known, mask))
-        return inpainting.paste(run_sampler(denoiser, denoise, plan, x_T, noise), known, mask)
+        return inpainting.paste(
+            run_sampler(denoiser, denoise, plan, x_T, noise, on_step), known, mask
+        )
     denoise = _windowed_denoiser(denoiser, plan, index, known, size)
     if painting.method == "replacement":
         start = torch.full_like(index, plan.steps[0])
         x_T = torch.where(mask, add_noise(denoiser.schedule, known, start, x_T), x_T)
         seeing = inpainting.replacement(denoise, denoiser.parameterization, known, mask)
-        return inpainting.paste(run_sampler(denoiser, seeing, plan, x_T, noise), known, mask)
+        return inpainting.paste(
+            run_sampler(denoiser, seeing, plan, x_T, noise, on_step), known, mask
+        )
     sampler, variance = plan.settings.sampler, plan.settings.variance
     if sampler not in ("ancestral", "ddim") or variance != "fixed_small":
         raise ValueError(
@@ -94,6 +100,7 @@ def inpaint(
         mask=mask,
         noise=noise,
         eta=1.0 if sampler == "ancestral" else plan.settings.eta,
+        on_step=on_step,
     )
 
 
@@ -104,6 +111,8 @@ def image_to_image(
     images: Tensor,
     index: Tensor,
     size: Size,
+    *,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Vary `images` [N, C, H, W]: add noise up to step `strength` T, then denoise.
 
@@ -114,7 +123,7 @@ def image_to_image(
     x_t, left = inpainting.sdedit(denoiser.schedule, images, plan.steps, strength, noise)
     denoise = _windowed_denoiser(denoiser, plan, index, images, size)
     rest = replace(plan, steps=left)
-    return run_sampler(denoiser, denoise, rest, x_t, _noise(plan, index, images))
+    return run_sampler(denoiser, denoise, rest, x_t, _noise(plan, index, images), on_step)
 
 
 def interpolate_samples(

@@ -11,9 +11,17 @@ from ddpm_ray.config.jobs.edit import MOST_MARGIN, InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits
 from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
 from ddpm_ray.data.low_resolution import enlarged
+from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling import canvas, editing
 from ddpm_ray.sampling.array_arguments import as_images, as_low_resolution, as_mask, require_text
-from ddpm_ray.sampling.drawing_model import Count, DrawingModel, Index, embedded, in_turn
+from ddpm_ray.sampling.drawing_model import (
+    Count,
+    DrawingModel,
+    Index,
+    embedded,
+    in_turn,
+    require_callable,
+)
 from ddpm_ray.sampling.editing import Edit, Mask, Painting
 from ddpm_ray.sampling.sampling import Images
 
@@ -42,6 +50,7 @@ class TrainedModel(DrawingModel):
         method: InpaintingMethod = "auto",
         resamples: Count = 10,
         jump_length: Count = 10,
+        on_step: OnStep | None = None,
         **settings: Any,
     ) -> Images:
         """Repaint the pixels of `images` where `mask` is False; returns uint8 [N, H, W, C].
@@ -57,7 +66,10 @@ class TrainedModel(DrawingModel):
         steps `resamples` times to make the result consistent with the known pixels, which takes
         about `resamples` times the network calls of `replacement`. By default it uses the run's
         settings with the sampler ancestral and fixed_small.
+
+        `on_step` is that of `sample`: called at each step of each batch, for the whole images.
         """
+        require_callable(on_step)
         painting = Painting(method, resamples, jump_length).chosen_for(self.denoiser)
         chosen = self._chosen(settings, repaint=painting.method == "repaint")
         plan, factor = self._plan(chosen), self.denoiser.codec.factor
@@ -68,7 +80,9 @@ class TrainedModel(DrawingModel):
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
             rows = cells if len(cells) == 1 else cells[index]
-            return editing.inpaint(self.denoiser, plan, painting, x, rows, index, size)
+            return editing.inpaint(
+                self.denoiser, plan, painting, x, rows, index, size, on_step=on_step
+            )
 
         painted = self._edited(edit, whole, chosen.batch_size)
         return np.where(keep[:, 0, :, :, None], known, painted)
@@ -82,34 +96,40 @@ class TrainedModel(DrawingModel):
         bottom: Margin = 0,
         left: Margin = 0,
         right: Margin = 0,
-        method: InpaintingMethod = "auto",
-        resamples: Count = 10,
-        jump_length: Count = 10,
-        **settings: Any,
+        **arguments: Any,
     ) -> Images:
         """Extend `images` by margins; returns uint8 [N, top + H + bottom, left + W + right, C].
 
-        Other arguments are as in `inpaint`. The result must be at least as large as the model's
+        `arguments` are those of `inpaint`. The result must be at least as large as the model's
         images.
         """
         known = as_images(images, self.image_shape.channels)
         extended, mask = editing.outpainting_canvas(known, top, bottom, left, right)
-        return self.inpaint(
-            extended, mask, method=method, resamples=resamples, jump_length=jump_length, **settings
-        )
+        return self.inpaint(extended, mask, **arguments)
 
     @checks_arguments
-    def image_to_image(self, images: Images, strength: Share, **settings: Any) -> Images:
+    def image_to_image(
+        self,
+        images: Images,
+        strength: Share,
+        *,
+        on_step: OnStep | None = None,
+        **settings: Any,
+    ) -> Images:
         """Vary `images` by SDEdit: add noise up to step `strength` T and denoise from there.
 
         Returns uint8 [N, H, W, C]. A `strength` near 0 keeps the images, 1 keeps almost nothing of
-        them. Takes about strength times `steps` steps. (Meng et al. 2022, arXiv:2108.01073.)
+        them. Takes about strength times `steps` steps. `on_step` is that of `sample`. (Meng et al.
+        2022, arXiv:2108.01073.)
         """
+        require_callable(on_step)
         chosen = self._chosen(settings)
         plan, size = self._plan(chosen), self._window
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
-            return editing.image_to_image(self.denoiser, plan, strength, x, index, size)
+            return editing.image_to_image(
+                self.denoiser, plan, strength, x, index, size, on_step=on_step
+            )
 
         return self._edited(edit, images, chosen.batch_size)
 

@@ -479,3 +479,30 @@ def test_a_model_without_labels_takes_those_of_its_guidance_classifier(classes: 
             guided.sample(1, steps=2, labels=[10])
     with pytest.raises(ValueError, match="the model is trained without labels"):
         plain.sample(1, steps=2, labels=[7])
+
+
+@pytest.mark.parametrize(
+    "method, calls",
+    [("repaint", 10), ("replacement", 4)],  # repaint: 4 + 3 repetitions of 2 steps, jump_length 2
+)
+def test_an_edit_shows_its_steps_and_is_not_changed_by_that(
+    method: InpaintingMethod, calls: int
+) -> None:
+    model, seen = digits_model(), list[tuple[int, tuple[int, ...]]]()
+
+    def show(t: int, x_t: Tensor, x_0: Tensor) -> None:
+        seen.append((t, tuple(x_0.shape)))
+        assert model.preview(x_0).shape == (5, 8, 8, 1)
+
+    arguments: dict[str, object] = {"method": method, "steps": 4}
+    arguments |= {"resamples": 4, "jump_length": 2}
+    plain = model.inpaint(KNOWN, MASK, **arguments)  # type: ignore[arg-type]
+    shown = model.inpaint(KNOWN, MASK, on_step=show, **arguments)  # type: ignore[arg-type]
+    assert np.array_equal(plain, shown)
+    assert len(seen) == calls
+    assert {shape for _, shape in seen} == {(5, 1, 8, 8)}
+    seen.clear()
+    model.image_to_image(KNOWN, 0.5, steps=4, on_step=show)
+    assert [t for t, _ in seen] == [
+        t for t in model.with_settings(steps=4).timesteps if 0 < t <= 10
+    ]
