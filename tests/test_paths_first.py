@@ -100,6 +100,12 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
             WRONG_CONFIG,
             "evaluation.held_out_url is {}/none: there is no such folder; pack images there with",
         ),
+        (
+            "train.py",
+            ("digits", "embedding.encoder=.", "embedding.url=none", "model.num_classes=0"),
+            WRONG_CONFIG,
+            "embedding.url is {}/none: there is no such folder; encode the images there with",
+        ),
     ],
 )
 def test_a_wrong_path_is_reported_before_anything_heavy_is_loaded(

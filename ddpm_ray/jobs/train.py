@@ -73,6 +73,9 @@ def _require_data(config: RunConfig) -> None:
     for key, url in urls.items():
         if url:
             require_folder(key, url, "pack images there with `ddpm-ray pack`, or name another")
+    if url := config.embedding.url:
+        remedy = "encode the images there with `ddpm-ray encode`, or name another"
+        require_folder("embedding.url", url, remedy)
 
 
 JOB = Job("train", __doc__ or "", RunConfig, train, (CONFIG,), continues=True)
