@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddpm_ray.assembly.set_encoder_loading import set_encoder
 from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.packing import encoded_packer
-from ddpm_ray.data.packing.latent_encoder import LatentEncoder
 from ddpm_ray.runs import encode as encoding
 from tests.data.latent_sets import TINY_UNET, encode_noise, write_autoencoder
 from tests.faults.lives import TINY_AUTOENCODER, Life, hashes
 from tests.limits import JOB_S
 from tests.noise import pack
 from tests.runs.job import Job, check_rows
-from tests.runs.test_encode import files
+from tests.runs.test_encode import contrastive_run, files
 from tests.runs.test_runs_on_ray import kill_a_worker
 
 STEPS = 240
@@ -101,25 +101,32 @@ def test_an_autoencoder_survives_its_kills(tmp_path: Path) -> None:
     check_end(job, Life(tmp_path / "unbroken", pixels.url, AUTOENCODER))
 
 
-def test_an_encoding_survives_its_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["latents", "embeddings"])
+def test_an_encoding_survives_its_kills(codec: str, tmp_path: Path) -> None:
     pixels = pack_squares(tmp_path / "pixels", 400)
-    autoencoder, latents = tmp_path / "autoencoder", tmp_path / "latents"
-    loaded = LatentEncoder(write_autoencoder(autoencoder, side=24))
-    words = (pixels.url, str(latents), "flipped=true", "batch_size=100")
+    network, encoded_to = str(tmp_path / "network"), tmp_path / "set"
+    if codec == "latents":
+        write_autoencoder(Path(network), side=24)
+    else:
+        contrastive_run(Path(network), pixels)
+    options = EncodeConfig(flipped=codec == "latents", batch_size=100)
+    flipped = f"flipped={str(options.flipped).lower()}"
+    words = (pixels.url, str(encoded_to), flipped, "batch_size=100")
     for at in (1, 1000, 2000):
-        killed = Job(tmp_path, words, "encode.py", str(autoencoder))
+        killed = Job(tmp_path, words, "encode.py", network)
         killed.run(at=at, strike=kill_the_driver)
         assert killed.code == -signal.SIGKILL, killed.reported
-        assert not (latents / "manifest.json").exists()
-    finished = Job(tmp_path, words, "encode.py", str(autoencoder)).run()
+        assert not (encoded_to / "manifest.json").exists()
+    finished = Job(tmp_path, words, "encode.py", network).run()
     assert finished.code == 0, finished.reported
+    assert finished.result["codec"] == codec
     assert finished.result["encoded"] < finished.result["samples"]
-    options = EncodeConfig(flipped=True, batch_size=100)
+    loaded = set_encoder(network)
     plan = encoded_packer.make_encoding_plan(pixels, str(tmp_path / "whole"), loaded, options)
     with encoding.reproducible("cpu"):
         encoded = [encoded_packer.encode_shard(plan, n, loaded) for n in range(plan.shards)]
     encoded_packer.finish_encoded(plan, encoded)
-    assert files(latents) == files(tmp_path / "whole")
+    assert files(encoded_to) == files(tmp_path / "whole")
 
 
 def test_a_model_of_latents_survives_its_kills(tmp_path: Path) -> None:
