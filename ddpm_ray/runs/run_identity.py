@@ -31,7 +31,12 @@ CLAIMS = "claims"
 TRIALS = "trials"  # below a sweep's folder
 SETTLE_S = 1.0  # see _agree
 SETTLE_TRIES = 10  # then the run starts anyway: simultaneous starts of one name are rare
-FROM_FACTS = ("init_from", "text_encoder", FINGERPRINT)  # that a checkpoint holds, too
+FROM_FACTS = (
+    "init_from",
+    "text_encoder",
+    "image_encoder",
+    FINGERPRINT,
+)  # that a checkpoint holds, too
 STALE_S = 60.0  # a claim that is this much older than ours is of a driver that died
 
 

@@ -5,6 +5,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -52,6 +53,8 @@ def run_tokenizer(
     given = _given(config.text, text_model)
     if object_store.exists(kept):
         found = Tokenizer.read(kept, given.length if given else config.text.length)
+        if given is not None:  # the file does not say what fills rows
+            found = replace(found, pad=given.pad)
         if given is not None and given.sha256 != found.sha256:
             named = f"text.tokenizer is {config.text.tokenizer}"
             if text_model is not None:

@@ -12,39 +12,44 @@ function of them, and rows of a batch do not mix. The size of the batch may chan
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion.conditioning import Conditioning, Network
-from ddpm_ray.sampling.drawing_model import DrawingModel
-from ddpm_ray.serving.shared_calls import NetworkCall, SharedNetwork, compute, fitting
+from ddpm_ray.serving.engine_task import EngineJob, JobCancelledError, Task
+from ddpm_ray.serving.shared_calls import (
+    CallRows,
+    Model,
+    NetworkCall,
+    computed_rows,
+    next_batch,
+    with_shared_networks,
+)
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Model = TypeVar("Model", bound=DrawingModel)
-# A batch waits that long for a job between two calls, whose arithmetic takes 0.1 ms. A job that
-# takes longer decodes or writes images: it is not waited for again before its next call.
+# A batch waits so long for its jobs to call again, but not for one that took longer the last time.
 LINGER_S = 0.05
-RATE_DECAY = 0.9  # of the mean rate, for each call
+RATE_DECAY = 0.9  # of the sums whose quotient is the rate, for each batch
 EXIT_S = 30.0  # `close` waits that long for the engine's thread
-
-
-class JobCancelledError(Exception):
-    """The job was cancelled, or the engine was closed; raised in the job at its next call."""
+CANCELLED, CLOSED = "the job was cancelled", "the engine was closed"
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """Sizes of batches, and limits of the memory that jobs take."""
 
-    width: int = 8  # rows of one network call; guidance takes two for an image
+    width: int = 8  # most rows of one network call; guidance takes two for an image
     exact: bool = False  # all batches have `width` rows: equal bits whatever the other jobs
     max_images: int = 64  # of all jobs that run; others wait
 
@@ -54,60 +59,8 @@ class EngineSettings:
                 raise ValueError(f"engine.{name} is {value}; it must be at least 1")
 
 
-class EngineJob(Generic[T]):
-    """A job of an engine: its result, and how far it is."""
-
-    def __init__(
-        self, engine: Engine, act: Callable[[], T], images: int, cost: int, deadline_s: float
-    ) -> None:
-        self._engine, self._act = engine, act
-        self.images, self.cost, self.deadline_s = images, cost, deadline_s
-        self.computed = 0  # rows of network calls so far; `cost` are all, as announced
-        self.running = False  # False: it waits, or it has ended
-        self.cancelled = False
-        self.output: Tensor | Exception | None = None  # of the call that it waits for
-        self.go_on = threading.Lock()  # held while it waits
-        self.go_on.acquire()
-        self._outcome: Future[T] = Future()
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended: with a result, an error or because it was cancelled."""
-        return self._outcome.done()
-
-    def result(self, timeout_s: float | None = None) -> T:
-        """Wait for its result; raises its error, JobCancelledError, or TimeoutError."""
-        return self._outcome.result(timeout_s)
-
-    def when_done(self, call: Callable[[], object]) -> None:
-        """Call `call` once it has ended, in the thread that ends it."""
-        self._outcome.add_done_callback(lambda _: call())
-
-    def cancel(self) -> None:
-        """End it before its next network call; nothing happens to one that has ended."""
-        self._engine.cancel(self)
-
-    def run(self) -> None:
-        """Do its work in this thread and keep the outcome."""
-        try:
-            value = self._act()
-        except BaseException as error:  # noqa: BLE001 - `result` raises it
-            self._outcome.set_exception(error)
-        else:
-            self._outcome.set_result(value)
-
-    def resume(self, output: Tensor | Exception) -> None:
-        """Give it the output of its call, or the error that the call raises."""
-        self.output = output
-        self.go_on.release()
-
-    def end_unstarted(self) -> None:
-        """Give it up before it has begun."""
-        self._outcome.set_exception(JobCancelledError("the job was cancelled before it began"))
-
-
-Message: TypeAlias = tuple[EngineJob[Any] | None, NetworkCall | None]
-"""(job, its call), (job, None) at its end, or (None, None)."""
+Message: TypeAlias = tuple[Task | None, NetworkCall | None]
+"""(task, its call), (task, None) at its end, or (None, None) to wake the engine."""
 
 
 class Engine:
@@ -116,15 +69,14 @@ class Engine:
     def __init__(self, settings: EngineSettings = EngineSettings()) -> None:
         self.settings = settings
         self.batches = 0  # network calls so far
-        self._here = threading.local()  # .job: the job of the current thread
+        self._here = threading.local()  # .task: that of the current thread
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._calls: dict[EngineJob[Any], NetworkCall] = {}  # that wait; of the engine's thread
-        self._between: set[EngineJob[Any]] = set()  # jobs whose next call is awaited; likewise
+        self._calls: dict[Task, NetworkCall] = {}  # that wait; of the engine's thread alone
         self._lock = threading.Lock()  # of what follows
-        self._queue: list[EngineJob[Any]] = []
-        self._running: set[EngineJob[Any]] = set()
-        self._closed = False
-        self._rows_per_s = 0.0  # mean rate while there was work; 0: unknown
+        self._queue: list[Task] = []
+        self._running: set[Task] = set()
+        self._closed = ""  # why; empty: it is open
+        self._rows, self._seconds = 0.0, 0.0  # of recent batches
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -136,195 +88,213 @@ class Engine:
 
     def shared(self, model: Model) -> Model:
         """A copy of `model` whose network calls in jobs of this engine share batches."""
-        network = SharedNetwork(model.denoiser.network, self)
-        return replace(model, denoiser=replace(model.denoiser, network=network))
+        return with_shared_networks(model, self._answer)
 
     def submit(
-        self, act: Callable[[], T], *, images: int = 1, cost: int = 0, allowance_s: float = 60.0
+        self, act: Callable[[], T], *, images: int, cost: int, allowance_s: float = 60.0
     ) -> EngineJob[T]:
         """Run `act` in a thread of its own, as soon as there is room for its `images`.
 
-        `cost` is the number of network rows that it will take, for `seconds_left`. Among the jobs
-        that wait, and among their calls, the one with the earliest deadline comes first: the time
-        of its submission and `allowance_s`. So a short job may pass a long one, and none waits for
-        ever. Raises RuntimeError after `close`.
+        `cost` is the number of network rows that it will take (costs.py). Among the jobs that wait,
+        and among their calls, the one with the earliest deadline comes first: the time of its
+        submission and `allowance_s`. So a short job may pass a long one, and none waits for ever.
+        Raises RuntimeError after `close`, and in a job: it would wait for room that it takes.
         """
-        job = EngineJob(self, act, images, cost, time.monotonic() + allowance_s)
+        if getattr(self._here, "task", None) is not None:
+            raise RuntimeError("a job cannot submit another one: call its function instead")
+        deadline_s = time.monotonic() + allowance_s
+        task = Task(act, images, cost, deadline_s, Future(), threading.Semaphore(0))
         with self._lock:
             if self._closed:
-                raise RuntimeError("this engine is closed; make a new one")
-            self._queue.append(job)
-            self._start_jobs()
-        return job
+                raise RuntimeError(f"{self._closed}; make a new one")
+            self._queue.append(task)
+        self._start_tasks()
+        return EngineJob(self, task)
 
-    def cancel(self, job: EngineJob[Any]) -> None:
-        """End `job` before its next network call."""
+    def stop(self, task: Task, why: str = CANCELLED) -> None:
+        """End the job of `task` before its next network call."""
         with self._lock:
-            job.cancelled = True
-            if queued := job in self._queue:
-                self._queue.remove(job)
+            task.stopped_by = why
+            if queued := task in self._queue:
+                self._queue.remove(task)
         self._inbox.put((None, None))
         if queued:
-            job.end_unstarted()
+            task.end(JobCancelledError(f"{why} before it began"))
+            self._start_tasks()  # it may have been the one that there was no room for
 
-    def place(self, job: EngineJob[Any]) -> int:
-        """The number of jobs that begin before it; 0 for one that runs."""
+    def place(self, task: Task) -> int:
+        """The number of jobs that wait and begin before it, and 1; 0 for one that has begun."""
         with self._lock:
-            ahead = [other for other in self._queue if other.deadline_s < job.deadline_s]
-            return len(ahead) + 1 if job in self._queue else 0
+            ahead = [one for one in self._queue if one.deadline_s < task.deadline_s]
+            return len(ahead) + 1 if task in self._queue else 0
 
-    def seconds_left(self, job: EngineJob[Any]) -> float | None:
-        """Estimate when it ends, from the measured rate and the costs; None if that is unknown."""
+    def seconds_left(self, task: Task) -> float | None:
+        """Estimate when it ends; None if no rate is known. What waits, waits for all that run."""
         with self._lock:
-            if not self._rows_per_s:
+            if task.outcome.done():
+                return 0.0
+            if not self._seconds:
                 return None
-            known = {*self._running, *self._queue}
-            before = sum(
-                max(0, one.cost - one.computed)
-                for one in known
-                if one.deadline_s <= job.deadline_s or one is job
-            )
-            return before / self._rows_per_s
+            waits = task in self._queue
+            first = [one for one in self._queue if waits and one.deadline_s < task.deadline_s]
+            first += [one for one in self._running if waits or one.deadline_s < task.deadline_s]
+            rows = task.left + sum(one.left for one in first if one is not task)
+            return rows * self._seconds / self._rows
 
     @property
     def load(self) -> tuple[int, float]:
-        """Network rows that are left of all jobs, and the measured rows per second (0: unknown)."""
+        """Network rows that are left of all jobs, and rows per second lately; 0: unknown."""
         with self._lock:
-            known = (*self._running, *self._queue)
-            return sum(max(0, one.cost - one.computed) for one in known), self._rows_per_s
+            left = sum(task.left for task in (*self._running, *self._queue))
+            return left, self._rows / self._seconds if self._seconds else 0.0
 
     def close(self) -> None:
-        """Cancel all jobs and end the threads."""
-        with self._lock:
-            self._closed = True
-            queued = list(self._queue)
-            self._queue.clear()
-            for job in self._running:
-                job.cancelled = True
-        for job in queued:
-            job.end_unstarted()
-        self._inbox.put((None, None))
-        self._thread.join(EXIT_S)
+        """Cancel all jobs, and wait for their end, at most EXIT_S."""
+        for task in self._close(CLOSED):
+            task.end(JobCancelledError(f"{CLOSED} before the job began"))
+        if getattr(self._here, "task", None) is None:
+            self._thread.join(EXIT_S)
+            if self._thread.is_alive():
+                log.warning("the engine is closed, and a job goes on after %g s", EXIT_S)
 
-    def answer(self, network: Network, x_t: Tensor, t: Tensor, inputs: Conditioning) -> Tensor:
+    def _close(self, why: str) -> list[Task]:
+        """Take no more jobs, stop those that run; return those that have not begun."""
+        with self._lock:
+            self._closed = self._closed or why
+            queued, self._queue = self._queue, []
+            for task in self._running:
+                task.stopped_by = task.stopped_by or why
+        self._inbox.put((None, None))
+        return queued
+
+    def _answer(self, network: Network, x_t: Tensor, t: Tensor, inputs: Conditioning) -> Tensor:
         """The output of `network` for a job, from a batch with others; at once outside of a job.
 
         Raises JobCancelledError, and what the network raises for this call.
         """
-        job: EngineJob[Any] | None = getattr(self._here, "job", None)
-        if job is None:
+        task: Task | None = getattr(self._here, "task", None)
+        if task is None:
             return network(x_t, t, inputs)
-        self._inbox.put((job, NetworkCall(network, x_t, t, inputs, job.deadline_s)))
-        job.go_on.acquire()
-        output, job.output = job.output, None
-        if isinstance(output, Exception):
-            raise output
-        assert output is not None
-        return output
-
-    def _start_jobs(self) -> None:
-        """Start the jobs that there is room for, the most urgent first; `_lock` is held."""
-        self._queue.sort(key=lambda job: job.deadline_s)
-        while self._queue and not self._closed:
-            images = sum(job.images for job in self._running) + self._queue[0].images
-            if self._running and images > self.settings.max_images:
-                return
-            job = self._queue.pop(0)
-            job.running = True
-            self._running.add(job)
-            threading.Thread(target=self._work, args=(job,), name="job", daemon=True).start()
-
-    def _work(self, job: EngineJob[Any]) -> None:
-        """Do a job in this thread, and give its place to the next."""
-        self._here.job = job
+        self._inbox.put((task, NetworkCall(network, x_t, t, inputs, task.deadline_s)))
+        task.go_on.acquire()
+        output, task.output = task.output, None
         try:
-            job.run()
+            if isinstance(output, BaseException):
+                raise output
+            assert output is not None
+            return output
+        finally:
+            del output  # an error holds this frame
+
+    def _start_tasks(self) -> None:
+        """Start the jobs that there is room for."""
+        while (task := self._next_task()) is not None:
+            try:
+                threading.Thread(target=self._work, args=(task,), name="job", daemon=True).start()
+            except RuntimeError as error:  # the system has no more threads
+                with self._lock:
+                    self._running.discard(task)
+                task.end(error)
+
+    def _next_task(self) -> Task | None:
+        """Take the next job out of the queue; None if there is none, or no room for it."""
+        with self._lock:
+            if not self._queue:
+                return None
+            task = min(self._queue, key=lambda one: one.deadline_s)
+            images = sum(one.images for one in self._running) + task.images
+            if self._running and images > self.settings.max_images:
+                return None
+            self._queue.remove(task)
+            self._running.add(task)
+            return task
+
+    def _work(self, task: Task) -> None:
+        """Do a job in this thread, and give its place to the next."""
+        self._here.task = task
+        try:
+            task.run()
         finally:
             with self._lock:
-                job.running = False
-                self._running.discard(job)
-                self._start_jobs()
-            self._inbox.put((job, None))
+                self._running.discard(task)
+            self._inbox.put((task, None))
+            self._start_tasks()
 
     def _run(self) -> None:
         """Compute batches until the engine is closed and its jobs have ended."""
         while not self._closed or self._running:
-            self._read(None if not self._calls else 0.0)
-            self._await_calls(lambda: self._rows() >= self.settings.width)
-            self._end_cancelled()
-            if self._calls and not self._closed:
-                self._compute_batch()
+            try:
+                self._read(None if not self._calls else 0.0)
+                while self._read(0.0):  # all that have come meanwhile
+                    pass
+                self._end_stopped()
+                if self._calls:
+                    self._compute_batch()
+            except BaseException as error:
+                log.exception("the engine has failed")
+                why = f"the engine has failed ({type(error).__name__}: {error})"
+                for task in self._close(why):
+                    task.end(RuntimeError(why))
 
-    def _read(self, timeout_s: float | None) -> bool:
-        """Take a message of a job; False if none came in time."""
+    def _read(self, timeout_s: float | None) -> Task | None:
+        """Take a message; return its job, None if there was none in time or it had no job."""
         try:
-            job, call = (
-                self._inbox.get(timeout=timeout_s)
-                if timeout_s
-                else self._inbox.get(block=timeout_s is None)
-            )
+            task, call = self._inbox.get(timeout_s != 0, timeout_s or None)
         except queue.Empty:
-            return False
-        if job is not None:
-            self._between.discard(job)
-            if call is not None:
-                self._calls[job] = call
-                self._end_cancelled()
-        return True
-
-    def _await_calls(self, enough: Callable[[], bool]) -> None:
-        """Read messages until no job is between two calls, or there are `enough`."""
-        until_s = time.monotonic() + LINGER_S
-        while self._between and not enough() and not self._closed:
-            if not self._read(max(0.0, until_s - time.monotonic())):
-                self._between.clear()
-
-    def _rows(self) -> int:
-        return sum(call.rows for call in self._calls.values())
+            return None
+        if task is not None and call is not None:
+            self._calls[task] = call
+            if task.resumed_s:
+                task.is_slow = time.monotonic() - task.resumed_s > LINGER_S
+        return task
 
     def _compute_batch(self) -> None:
-        """Compute the most urgent calls, and let their jobs go on, one after the other.
+        """Compute the most urgent rows, and let their jobs go on, one after the other.
 
         Jobs that go on at once wait for the interpreter's lock at each operation: 8 jobs took 4 ms
         for what takes each of them 0.1 ms.
         """
-        of = {call: job for job, call in self._calls.items()}
-        calls = fitting(list(of), self.settings.width)
-        jobs = [of[call] for call in calls]
-        for job in jobs:  # one that is cancelled from now on learns of it at its next call
-            del self._calls[job]
+        of = {call: task for task, call in self._calls.items()}
+        rows = next_batch(of, self.settings.width)
         begun_s = time.monotonic()
-        outputs = self._outputs(calls)
-        self._record(calls, jobs, time.monotonic() - begun_s)
-        for job, output in zip(jobs, outputs, strict=True):
-            self._between.add(job)
-            job.resume(output)
-            self._await_calls(lambda job=job: job not in self._between)  # type: ignore[misc]
+        outputs = self._outputs(rows)
+        took_s = time.monotonic() - begun_s
+        with self._lock:
+            self.batches += 1
+            self._rows = RATE_DECAY * self._rows + sum(one.length for one in rows)
+            self._seconds = RATE_DECAY * self._seconds + took_s
+        until_s = time.monotonic() + LINGER_S
+        for (call, _, count), output in zip(rows, outputs, strict=True):
+            task, whole = of[call], output
+            task.computed += count
+            if isinstance(output, Tensor):
+                call.parts.append(output)
+                if call.left:
+                    continue
+                whole = call.output()
+            del self._calls[task]
+            task.resume(whole)
+            self._await(task, until_s)
 
-    def _end_cancelled(self) -> None:
-        """Raise JobCancelledError in the jobs that wait and were cancelled."""
-        for job in [job for job in self._calls if job.cancelled]:
-            del self._calls[job]
-            job.resume(JobCancelledError("the job was cancelled"))
+    def _await(self, task: Task, until_s: float) -> None:
+        """Read messages until there is one of `task`; not of one that is slow, nor too long."""
+        while not task.is_slow and (left_s := until_s - time.monotonic()) > 0:
+            if self._read(left_s) is task:
+                return
 
-    def _outputs(self, calls: list[NetworkCall]) -> list[Tensor | Exception]:
-        """The output of each call; its own error for one that fails alone as well."""
+    def _outputs(self, rows: list[CallRows]) -> list[Tensor | BaseException]:
+        """The output of the rows of each call; its own error for one that fails alone as well."""
         width = self.settings.width if self.settings.exact else None
         with torch.inference_mode():
             try:
-                return [*compute(calls, width)]
-            except Exception as error:  # noqa: BLE001 - the job raises it
-                if len(calls) == 1:
+                return [*computed_rows(rows, width)]
+            except BaseException as error:  # noqa: BLE001 - the job raises it
+                if len(rows) == 1:
                     return [error]
-            return [output for call in calls for output in self._outputs([call])]
+            return [output for one in rows for output in self._outputs([one])]
 
-    def _record(self, calls: list[NetworkCall], jobs: list[EngineJob[Any]], took_s: float) -> None:
-        """Count what was computed and how fast."""
-        rows = sum(call.rows for call in calls)
-        with self._lock:
-            for call, job in zip(calls, jobs, strict=True):
-                job.computed += call.rows
-            self.batches += 1
-            rate = rows / max(took_s, 1e-9)
-            kept = RATE_DECAY if self._rows_per_s else 0.0
-            self._rows_per_s = kept * self._rows_per_s + (1 - kept) * rate
+    def _end_stopped(self) -> None:
+        """Raise JobCancelledError in the jobs that wait and are to end."""
+        for task in [task for task in self._calls if task.stopped_by]:
+            del self._calls[task]
+            task.resume(JobCancelledError(task.stopped_by))

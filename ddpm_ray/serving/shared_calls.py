@@ -3,58 +3,88 @@
 A job runs the usual samplers and edits in a thread of its own. Its network is a `SharedNetwork`,
 whose calls wait for an engine to compute them together with those of other jobs. t, labels, texts
 and known pixels are rows of a batch, so jobs may differ in all of them; only the shapes of the rows
-and the kinds of conditioning have to agree. B: images of a call; N: images of a batch.
+and the kinds of conditioning have to agree. B: rows of a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion.conditioning import Conditioning, Network
+from ddpm_ray.sampling.cascade import Cascade
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.drawing_model import DrawingModel
 
-
-class Caller(Protocol):
-    """Answers the calls of a shared network, as Engine (engine.py) does."""
-
-    def answer(self, network: Network, x_t: Tensor, t: Tensor, inputs: Conditioning) -> Tensor:
-        """The output of `network`, once it is computed."""
-        ...
+Answer: TypeAlias = Callable[[Network, Tensor, Tensor, Conditioning], Tensor]
+"""(network, x_t, t, conditioning) -> its output, once an engine has computed it."""
+Model = TypeVar("Model", bound=DrawingModel)
 
 
 class SharedNetwork:
     """A network whose calls are computed by an engine; it has the attributes of the network."""
 
-    def __init__(self, network: Network, engine: Caller) -> None:
-        self._network, self._engine = network, engine
+    def __init__(self, network: Network, answer: Answer) -> None:
+        self._network, self._answer = network, answer
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The model output; raises what the engine does, as JobCancelledError."""
-        return self._engine.answer(self._network, x_t, t, conditioning)
+        return self._answer(self._network, x_t, t, conditioning)
 
     def __getattr__(self, name: str) -> Any:
         """An attribute of the network: samplers use its text encoder."""
+        if name.startswith("_"):  # of this object, before it is complete: copies ask for some
+            raise AttributeError(name)
         return getattr(self._network, name)
+
+
+def with_shared_networks(model: Model, answer: Answer) -> Model:
+    """A copy of `model` whose networks, of all stages of a cascade, are `SharedNetwork`s.
+
+    Models that guide it (autoguidance, classifiers) compute in the job's own thread.
+    """
+    changes: dict[str, Any] = {"denoiser": _with_shared(model.denoiser, answer)}
+    if isinstance(model, Cascade):
+        prior, larger = model.prior, model.upsamplers
+        changes["prior"] = replace(prior, denoiser=_with_shared(prior.denoiser, answer))
+        changes["upsamplers"] = tuple(
+            replace(one, denoiser=_with_shared(one.denoiser, answer)) for one in larger
+        )
+    return replace(model, **changes)
+
+
+def _with_shared(denoiser: Denoiser, answer: Answer) -> Denoiser:
+    return replace(denoiser, network=SharedNetwork(denoiser.network, answer))
 
 
 @dataclass(eq=False)
 class NetworkCall:
-    """A call that waits to be computed."""
+    """A call that waits to be computed, in one batch or, part by part, in several."""
 
     network: Network
     x_t: Tensor  # [B, C, H, W]
     t: Tensor  # int64 [B]
     conditioning: Conditioning
     deadline_s: float  # of its job, on the monotonic clock
+    parts: list[Tensor] = field(default_factory=list)  # outputs of its first rows
 
     @property
-    def rows(self) -> int:
-        """B."""
-        return len(self.x_t)
+    def computed(self) -> int:
+        """Rows that are computed."""
+        return sum(map(len, self.parts))
+
+    @property
+    def left(self) -> int:
+        """Rows that are not."""
+        return len(self.x_t) - self.computed
+
+    def output(self) -> Tensor:
+        """The whole output, once no row is left."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
     def kind(self) -> Hashable:
         """A key that is equal for calls that one batch can hold."""
@@ -62,39 +92,50 @@ class NetworkCall:
         return id(self.network), x.shape[1:], x.dtype, self.conditioning.signature
 
 
-def fitting(calls: Sequence[NetworkCall], width: int) -> list[NetworkCall]:
-    """The calls of the next batch: the most urgent one, and others of its kind, up to `width` rows.
+class CallRows(NamedTuple):
+    """Some rows of a call."""
 
-    A call is never divided: one of more than `width` rows is computed alone.
-    """
-    ordered = sorted(calls, key=lambda call: call.deadline_s)
-    first, *others = ordered
-    chosen, rows, kind = [first], first.rows, first.kind()
-    for call in others:
-        if rows + call.rows <= width and call.kind() == kind:
-            chosen.append(call)
-            rows += call.rows
+    call: NetworkCall
+    first: int
+    length: int
+
+
+def next_batch(calls: Iterable[NetworkCall], width: int) -> list[CallRows]:
+    """The next `width` rows: of the most urgent call, then of others of its kind."""
+    first, *others = sorted(calls, key=lambda call: call.deadline_s)
+    kind, room, chosen = first.kind(), width, list[CallRows]()
+    for call in (first, *others):
+        if room and call.kind() == kind:
+            chosen.append(CallRows(call, call.computed, min(room, call.left)))
+            room -= chosen[-1].length
     return chosen
 
 
-def compute(calls: Sequence[NetworkCall], width: int | None = None) -> list[Tensor]:
-    """The output of each call, from one call of their network.
+def computed_rows(rows: Sequence[CallRows], width: int | None = None) -> list[Tensor]:
+    """The output of these rows of each call, from one call of their network.
 
-    With `width` each batch has exactly that many rows, filled by copies of the first row, and more
-    rows take several batches: a convolution may sum in another order for another batch size, so the
-    bits of a row depend on the size of its batch, and on nothing else of the other rows.
+    With `width` the batch has that many rows, filled by copies of the first: a convolution may sum
+    in another order for another batch size, so the bits of a row depend on the size of its batch,
+    and on nothing else of the other rows.
     """
-    network, counts = calls[0].network, [call.rows for call in calls]
-    x_t, t = (torch.cat([getattr(call, name) for call in calls]) for name in ("x_t", "t"))
-    conditioning = calls[0].conditioning
-    for call in calls[1:]:
-        conditioning = conditioning.concat(call.conditioning)
-    if width is None:
-        return list(torch.split(network(x_t, t, conditioning), counts))
-    rows = len(x_t)
-    places = torch.arange(-(-rows // width) * width, device=x_t.device)
-    places = torch.where(places < rows, places, 0)
-    outputs = [
-        network(x_t[part], t[part], conditioning.take(part)) for part in torch.split(places, width)
-    ]
-    return list(torch.split(torch.cat(outputs)[:rows], counts))
+    parts = [_part(one) for one in rows]
+    x_t, t = torch.cat([x_t for x_t, _, _ in parts]), torch.cat([t for _, t, _ in parts])
+    conditioning = parts[0][2]
+    for _, _, other in parts[1:]:
+        conditioning = conditioning.concat(other)
+    count = len(x_t)
+    if width is not None and count < width:
+        places = torch.arange(width, device=x_t.device)
+        places = torch.where(places < count, places, 0)
+        x_t, t, conditioning = x_t[places], t[places], conditioning.take(places)
+    output = rows[0].call.network(x_t, t, conditioning)[:count]
+    return list(torch.split(output, [one.length for one in rows]))
+
+
+def _part(rows: CallRows) -> tuple[Tensor, Tensor, Conditioning]:
+    """The inputs of these rows."""
+    call, first, count = rows
+    if count == len(call.x_t):
+        return call.x_t, call.t, call.conditioning
+    part = torch.arange(first, first + count, device=call.x_t.device)
+    return call.x_t[part], call.t[part], call.conditioning.take(part)

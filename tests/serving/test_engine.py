@@ -1,6 +1,9 @@
 """The engine: same images whoever shares a batch, jobs that come, go and fail between two steps."""
 
+import copy
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +23,11 @@ from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images
-from ddpm_ray.serving.engine import Engine, EngineJob, EngineSettings, JobCancelledError
+from ddpm_ray.serving import engine as engine_module
+from ddpm_ray.serving.engine import Engine, EngineSettings
+from ddpm_ray.serving.engine_task import EngineJob, JobCancelledError
 from tests.limits import ENDS_S
+from tests.sampling.test_cascade import cascade
 
 SCHEDULE = NoiseSchedule(schedules.cosine(20))
 KNOWN = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
@@ -54,12 +60,15 @@ class Counted(nn.Module):
         self.called, self.go_on = threading.Semaphore(0), threading.Event()
         self.go_on.set()
         self.fails_with: int | None = None
+        self.exits = False
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.called.release()
         assert self.go_on.wait(ENDS_S)
         self.batches.append(t.tolist())
         labels = conditioning.labels
+        if self.exits:
+            raise SystemExit("the network ends its thread")
         if labels is not None and self.fails_with in labels.tolist():
             raise ValueError(f"this network fails with label {self.fails_with}")
         output: Tensor = self.network(x_t, t, conditioning)
@@ -102,7 +111,15 @@ def engine() -> Iterator[Engine]:
 
 def submitted(engine: Engine, model: TrainedModel, act: Act, **how: Any) -> EngineJob[Images]:
     own = engine.shared(model)
-    return engine.submit(lambda: act(own), **how)
+    return engine.submit(lambda: act(own), **{"images": 1, "cost": 10, **how})
+
+
+def wait_for_calls(engine: Engine, count: int) -> None:
+    """Wait until so many calls have come while the network is held."""
+    ends_s = time.monotonic() + ENDS_S
+    while engine._inbox.qsize() < count:
+        assert time.monotonic() < ends_s
+        threading.Event().wait(0.001)
 
 
 def held(model: TrainedModel) -> None:
@@ -142,13 +159,12 @@ def test_a_short_job_joins_and_leaves_while_a_long_one_runs(
     short = submitted(engine, model, lambda m: m.sample(1, steps=2, sampler="dpm_solver_pp"))
     seen: list[int] = []
     short.when_done(lambda: seen.append(long.computed))
+    wait_for_calls(engine, 1)
     counted(model).go_on.set()
     short.result(ENDS_S)
     long.result(ENDS_S)
     assert seen[0] < 20
-    rows = [len(batch) for batch in counted(model).batches]
-    assert rows.count(2) == 2
-    assert sum(rows) == 22
+    assert sum(map(len, counted(model).batches)) == 22
 
 
 def test_a_cancelled_job_computes_at_most_the_step_that_runs(
@@ -171,9 +187,9 @@ def test_what_is_cancelled_in_the_queue_never_begins(model: TrainedModel) -> Non
         first = submitted(engine, model, lambda m: m.sample(1, steps=2))
         assert counted(model).called.acquire(timeout=ENDS_S)
         waiting = [submitted(engine, model, lambda m: m.sample(1, steps=2)) for _ in range(3)]
-        assert [engine.place(job) for job in (first, *waiting)] == [0, 1, 2, 3]
+        assert [job.place for job in (first, *waiting)] == [0, 1, 2, 3]
         waiting[0].cancel()
-        assert [engine.place(job) for job in waiting] == [0, 1, 2]
+        assert [job.place for job in waiting] == [0, 1, 2]
         counted(model).go_on.set()
         with pytest.raises(JobCancelledError, match="before it began"):
             waiting[0].result(ENDS_S)
@@ -194,7 +210,7 @@ def test_the_earliest_deadline_comes_first(model: TrainedModel) -> None:
         counted(model).go_on.set()
         first.result(ENDS_S)
         job.result(ENDS_S)
-        engine.submit(lambda: None, allowance_s=1e4).result(ENDS_S)
+        engine.submit(lambda: None, images=1, cost=0, allowance_s=1e4).result(ENDS_S)
     assert ended == ["hasty", "usual", "patient"]
 
 
@@ -207,10 +223,12 @@ def test_an_error_of_one_job_reaches_that_job_alone(engine: Engine, model: Train
     assert counted(model).called.acquire(timeout=ENDS_S)
     good = submitted(engine, model, lambda m: m.sample(1, steps=6, labels=[1]))
     bad = submitted(engine, model, lambda m: m.sample(1, steps=6, labels=[2]))
+    wait_for_calls(engine, 2)
     counted(model).go_on.set()
     first.result(ENDS_S)
     with pytest.raises(ValueError, match="fails with label 2"):
         bad.result(ENDS_S)
+    assert any(len(batch) == 2 for batch in counted(model).batches), "they shared no batch"
     assert np.abs(good.result(ENDS_S).astype(int) - good_alone).max() <= 1
 
 
@@ -222,28 +240,33 @@ def test_a_closed_engine_ends_its_jobs_and_takes_no_more(model: TrainedModel) ->
     counted(model).go_on.set()
     engine.close()
     for job in jobs:
-        with pytest.raises(JobCancelledError, match="the job was cancelled"):
+        with pytest.raises(JobCancelledError, match="the engine was closed"):
             job.result(ENDS_S)
-    with pytest.raises(RuntimeError, match="this engine is closed"):
-        engine.submit(lambda: None)
+    with pytest.raises(RuntimeError, match="the engine was closed; make a new one"):
+        engine.submit(lambda: None, images=1, cost=0)
 
 
 def test_time_left_follows_from_the_costs_and_the_rate(model: TrainedModel) -> None:
     with Engine(EngineSettings(max_images=1)) as engine:
         assert engine.load == (0, 0.0)
-        submitted(engine, model, lambda m: m.sample(1, steps=4), cost=4).result(ENDS_S)
+        done = submitted(engine, model, lambda m: m.sample(1, steps=4), cost=4)
+        done.result(ENDS_S)
         rate = engine.load[1]
         assert rate > 0
         held(model)
         first = submitted(engine, model, lambda m: m.sample(1, steps=10), cost=10)
         for _ in range(5):  # four of the job before, and the first of this one
             assert counted(model).called.acquire(timeout=ENDS_S)
-        second = submitted(engine, model, lambda m: m.sample(1, steps=3), cost=3)
-        assert engine.load[0] == 13
-        assert engine.seconds_left(first) == pytest.approx(10 / rate)
-        assert engine.seconds_left(second) == pytest.approx(13 / rate)
+        hasty = {"cost": 3, "allowance_s": 1.0}
+        second = submitted(engine, model, lambda m: m.sample(1, steps=3), **hasty)
+        third = submitted(engine, model, lambda m: m.sample(1, steps=2), cost=2)
+        assert engine.load[0] == 15
+        assert first.seconds_left == pytest.approx(10 / rate)
+        assert second.seconds_left == pytest.approx(13 / rate)  # it waits, though it is more urgent
+        assert third.seconds_left == pytest.approx(15 / rate)
+        assert done.seconds_left == 0
         counted(model).go_on.set()
-        second.result(ENDS_S)
+        third.result(ENDS_S)
 
 
 def test_outside_of_jobs_a_shared_model_computes_at_once(
@@ -257,3 +280,134 @@ def test_outside_of_jobs_a_shared_model_computes_at_once(
 def test_limits_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"engine.{name} is 0; it must be at least 1"):
         EngineSettings(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_a_cascade_is_served_in_all_its_stages(engine: Engine) -> None:
+    """Prior, decoder and upsampler share the batches; the images are those of the cascade alone."""
+    model, prompts = cascade(), ["left", "right"]
+    alone = model.sample(4, prompts=prompts, seed=3)
+    shared = engine.shared(model)
+    jobs = [
+        engine.submit(
+            lambda seed=seed: shared.sample(4, prompts=prompts, seed=seed),  # type: ignore[misc]
+            images=4,
+            cost=0,
+        )
+        for seed in (3, 4)
+    ]
+    found = [job.result(ENDS_S) for job in jobs]
+    assert np.abs(found[0].astype(int) - alone).max() <= 1
+    stages = 2 * 4 * 10 + 2 * 4 * 10  # rows of decoder and upsampler, 10 steps of 4 images
+    assert sum(job.computed for job in jobs) > stages
+
+
+def test_no_batch_is_wider_than_the_width(model: TrainedModel) -> None:
+    """A call of more rows is computed in parts, between those of others."""
+    alone = model.sample(11, steps=3, labels=[0], guidance_scale=2.0)
+    counted(model).batches.clear()
+    with Engine(EngineSettings(width=4)) as engine:
+        job = submitted(
+            engine, model, lambda m: m.sample(11, steps=3, labels=[0], guidance_scale=2.0)
+        )
+        assert np.abs(job.result(ENDS_S).astype(int) - alone).max() <= 1
+    assert max(map(len, counted(model).batches)) == 4
+    assert sum(map(len, counted(model).batches)) == job.computed == 66
+
+
+def test_a_job_cannot_submit_another(engine: Engine, model: TrainedModel) -> None:
+    """It would wait for the room that it takes."""
+    outer = engine.submit(lambda: engine.submit(lambda: None, images=1, cost=0), images=64, cost=0)
+    with pytest.raises(RuntimeError, match="a job cannot submit another one"):
+        outer.result(ENDS_S)
+    submitted(engine, model, lambda m: m.sample(1, steps=1)).result(ENDS_S)
+
+
+def test_a_cancelled_job_makes_room_for_those_behind_it(model: TrainedModel) -> None:
+    with Engine(EngineSettings(max_images=2)) as engine:
+        held(model)
+        first = submitted(engine, model, lambda m: m.sample(1, steps=5))
+        assert counted(model).called.acquire(timeout=ENDS_S)
+        large = submitted(engine, model, lambda m: m.sample(2, steps=1), images=2, allowance_s=1.0)
+        small = submitted(engine, model, lambda m: m.sample(1, steps=1))
+        assert (large.place, small.place) == (1, 2)
+        large.cancel()
+        assert small.place == 0
+        counted(model).go_on.set()
+        small.result(ENDS_S)
+        first.result(ENDS_S)
+
+
+def test_a_thread_that_cannot_start_fails_its_job_alone(
+    engine: Engine, model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        job = submitted(engine, model, lambda m: m.sample(1, steps=1), images=64)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        job.result(ENDS_S)
+    assert submitted(engine, model, lambda m: m.sample(1, steps=1), images=64).result(ENDS_S).size
+
+
+def test_a_network_that_exits_ends_its_job_and_not_the_engine(
+    engine: Engine, model: TrainedModel
+) -> None:
+    counted(model).exits = True
+    with pytest.raises(SystemExit, match="the network ends its thread"):
+        submitted(engine, model, lambda m: m.sample(1, steps=1)).result(ENDS_S)
+    counted(model).exits = False
+    submitted(engine, model, lambda m: m.sample(1, steps=1)).result(ENDS_S)
+
+
+def test_a_fault_of_the_engine_leaves_no_job_waiting(
+    model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(EngineSettings(max_images=1))
+    monkeypatch.setattr(engine_module, "next_batch", lambda calls, width: 1 / 0)
+    jobs = [submitted(engine, model, lambda m: m.sample(1, steps=2)) for _ in range(2)]
+    with pytest.raises(JobCancelledError, match=r"the engine has failed .ZeroDivisionError"):
+        jobs[0].result(ENDS_S)
+    with pytest.raises(RuntimeError, match="the engine has failed"):
+        jobs[1].result(ENDS_S)
+    with pytest.raises(RuntimeError, match=r"the engine has failed .*; make a new one"):
+        submitted(engine, model, lambda m: m.sample(1, steps=2))
+    engine.close()
+
+
+def test_a_slow_job_is_waited_for_once(model: TrainedModel) -> None:
+    """One that decodes images at each step must not hold up the steps of all others."""
+    with Engine() as engine:
+        slow_steps = threading.Semaphore(0)
+
+        def dawdle(t: int, x_t: Tensor, x_0: Tensor) -> None:
+            assert slow_steps.acquire(timeout=ENDS_S)
+
+        slow = submitted(engine, model, lambda m: m.sample(1, steps=20, on_step=dawdle))
+        quick = submitted(engine, model, lambda m: m.sample(1, steps=20))
+        quick.result(ENDS_S)
+        assert slow.computed == 1
+        for _ in range(20):
+            slow_steps.release()
+        slow.result(ENDS_S)
+
+
+def test_a_failed_job_keeps_no_tensors(engine: Engine, model: TrainedModel) -> None:
+    """An error's traceback would keep those of its frames while anybody holds the job."""
+    kept: list[weakref.ref[Tensor]] = []
+
+    def fail() -> None:
+        large = torch.zeros(1000)
+        kept.append(weakref.ref(large))
+        raise ValueError("it fails")
+
+    job = engine.submit(fail, images=1, cost=0)
+    with pytest.raises(ValueError, match="it fails"):
+        job.result(ENDS_S)
+    assert kept[0]() is None
+
+
+def test_a_shared_network_can_be_copied(engine: Engine, model: TrainedModel) -> None:
+    network = engine.shared(model).denoiser.network
+    assert copy.copy(network).batches is counted(model).batches  # type: ignore[attr-defined]
