@@ -19,9 +19,9 @@ from ddpm_ray.config.text import FROZEN, FrozenTextKind
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.frozen_text import ContrastiveText, FrozenText
+from ddpm_ray.models.interop import open_clip_text, transformers_text
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.models.interop.open_clip_text import frozen_text_folder
-from ddpm_ray.models.interop.transformers_text import TOKENIZER
+from ddpm_ray.models.interop.transformers_text import TOKENIZER, TextFolder, text_folder
 from ddpm_ray.models.prior import Prior
 from ddpm_ray.models.text_encoder import FrozenTextSpec
 from ddpm_ray.models.unet import UNet
@@ -162,6 +162,18 @@ def _of_contrastive(url: str) -> TextModel:
     )
     encoder = FrozenText(ContrastiveText(found.model), spec)
     return TextModel(lambda: encoder, spec, found.tokenizer, "contrastive", found.url, found.sha256)
+
+
+def frozen_text_folder(path: str) -> TextFolder:
+    """Look at the text encoder in a local folder, of transformers or of open_clip.
+
+    A folder with the files of both is read as one of transformers. UnsupportedModelError.
+    """
+    folder = Path(path)
+    if (folder / transformers_text.CONFIG).is_file():
+        return text_folder(path)
+    is_open_clip = (folder / open_clip_text.CONFIG).is_file()
+    return open_clip_text.open_clip_folder(path) if is_open_clip else text_folder(path)
 
 
 def _of_transformers(url: str, length: int) -> TextModel:

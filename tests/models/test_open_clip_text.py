@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
 pytest.importorskip("transformers", reason="needs the extra [text]")
 
-from ddpm_ray.assembly.frozen_text import text_model
+from ddpm_ray.assembly.frozen_text import frozen_text_folder, text_model
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.models.interop.open_clip_text import frozen_text_folder
 from tests.golden import make_open_clip_text as golden
 from tests.models.transformers_folders import write_folder
 
@@ -88,11 +87,19 @@ def test_a_folder_of_both_is_read_as_one_of_transformers(tmp_path: Path) -> None
     assert frozen_text_folder(str(tmp_path)).kind == "CLIPTextModel"
 
 
-def with_text(**values: Any) -> Callable[[Path], object]:
+def with_model(**values: Any) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         held = json.loads((folder / CONFIG).read_text())
-        held["model_cfg"]["text_cfg"] |= values
+        held["model_cfg"] |= values
         (folder / CONFIG).write_text(json.dumps(held))
+
+    return change
+
+
+def with_text(**values: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        held = json.loads((folder / CONFIG).read_text())["model_cfg"]["text_cfg"]
+        with_model(text_cfg=held | values)(folder)
 
     return change
 
@@ -104,10 +111,24 @@ def without(name: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     "change, says",
     [
-        (without(WEIGHTS), "there is no open_clip_model.safetensors in this folder"),
-        (without("tokenizer.json"), "there is no tokenizer.json in this folder"),
+        (without(WEIGHTS), "no open_clip_model.safetensors in this folder: save the model"),
+        (
+            without("tokenizer.json"),
+            "no tokenizer.json in this folder: .* with its tokenizer",
+        ),
         (with_text(hf_model_name="xlm-roberta-base"), "hf_model_name is 'xlm-roberta-base'; only"),
         (with_text(no_causal_mask=True), "text_cfg.no_causal_mask is True; only text encoders in"),
+        (with_text(no_such_key=1), "text_cfg has the unknown key 'no_such_key'; it may change"),
+        (with_text(use_pad_mask=True), "text_cfg has the unknown key 'use_pad_mask'"),
+        (with_text(tokenizer_kwargs={"clean": "canonicalize"}), "tokenizer_kwargs is {'clean': 'c"),
+        (with_text(tokenizer_mode="clips"), "text_cfg.tokenizer_mode is 'clips'; only"),
+        (with_text(width=True), "width is True, and must be a whole number above 0"),
+        (with_text(layers=0), "layers is 0, and must be a whole number above 0"),
+        (with_text(mlp_ratio="4"), "mlp_ratio is '4', and must be a number above 0"),
+        (with_text(mlp_ratio=0), "mlp_ratio is 0, and must be a number above 0"),
+        (with_text(mlp_ratio=float("nan")), "mlp_ratio is nan, and must be a number above 0"),
+        (with_model(quick_gelu="false"), "quick_gelu is 'false', and must be true or false"),
+        (with_model(embed_dim=None), "embed_dim is None, and must be a whole number"),
         (with_text(width="12"), "open_clip_config.json: width is '12', and must be a whole number"),
         (lambda f: (f / CONFIG).write_text("{}"), "has no model_cfg with a text_cfg"),
         (shutil.rmtree, "there is no such folder on this machine"),
@@ -122,6 +143,37 @@ def test_what_is_no_such_folder_is_refused(
     with pytest.raises(UnsupportedModelError, match=says) as refused:
         frozen_text_folder(str(folder))
     assert "\n" not in str(refused.value)
+
+
+def test_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    """As open_clip's own files have them, with its defaults."""
+    folder = write(tmp_path, "gelu")
+    unused: dict[str, Any] = {
+        "hf_tokenizer_name": "openai/clip",
+        "tokenizer_kwargs": {},
+        "tokenizer_mode": None,
+    }
+    with_text(output_tokens=True, eos_id=2, pool_type="argmax", **unused)(folder)
+    assert frozen_text_folder(str(folder)).width == golden.WIDTH
+
+
+@pytest.mark.parametrize(
+    "tokens, says",
+    [
+        ((1, 999, 8), r"999 tokens, and open_clip_config\.json \d+: they are not"),
+        ((1, 9, 8), "folder: its pool_type argmax takes the last token of its vocabulary as the"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused_by_the_names_of_open_clip(
+    tokens: tuple[int, int, int], says: str, tmp_path: Path
+) -> None:
+    """Such a folder has neither config.json nor eos_token_id."""
+    (folder := tmp_path / "folder").mkdir()
+    found = frozen_text_folder(str(write(folder, "gelu")))
+    with pytest.raises(UnsupportedModelError, match=says) as refused:
+        found.require_tokens(*tokens)
+    assert " config.json" not in str(refused.value)
+    assert "eos_token_id" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

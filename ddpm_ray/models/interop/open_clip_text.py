@@ -7,6 +7,7 @@ and the vector of a text is that of its largest token, the last of the vocabular
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_ray.models.interop import transformers_text
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_files import read_json
 from ddpm_ray.models.interop.transformers_text import LEGACY_END, TOKENIZER, TextFolder
+from ddpm_ray.redaction import sanitize
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 PAD = 0  # open_clip's tokenizers fill rows with zeros
+MLP_RATIO = 4.0  # open_clip's default
 SIZES = {  # of its text_cfg: open_clip's defaults
     "width": 512,
     "heads": 8,
@@ -47,7 +49,17 @@ FORM = {  # of its text_cfg: the only values whose network transformers' CLIP ha
     "scale_attn": False,
     "scale_fc": False,
     "hf_model_name": None,
+    "tokenizer_mode": None,  # others cut or fold texts in another way
 }
+UNUSED = {  # of its text_cfg: keys that change nothing in such a network
+    "output_tokens",
+    "hf_tokenizer_name",
+    "eos_id",  # of pool_type "eos"
+    "hf_model_pretrained",  # these of hf_model_name
+    "hf_proj_type",
+    "hf_pooler_type",
+}
+KNOWN = {*SIZES, *FORM, *UNUSED, "mlp_ratio", "tokenizer_kwargs"}
 BLOCK = {  # parts of one of its blocks: transformers' names
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -69,10 +81,12 @@ class OpenClipFolder(TextFolder):
     """A text encoder of open_clip in a folder, before its weights are read."""
 
     pad_token: int | None = PAD
+    config: str = CONFIG
+    takes_last: str = "its pool_type argmax takes"
 
     def _read(self, library: Any) -> tuple[Any, list[str]]:
         options = _options(self.path)
-        hidden = int(options["width"] * options.get("mlp_ratio", 4.0))
+        hidden = int(options["width"] * options["mlp_ratio"])
         config = library.CLIPTextConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
@@ -98,18 +112,17 @@ class OpenClipFolder(TextFolder):
         return model.float(), lacking
 
 
-def frozen_text_folder(path: str) -> TextFolder:
-    """Look at the text encoder in a local folder, of transformers or of open_clip.
-
-    A folder with the files of both is read as one of transformers. UnsupportedModelError.
-    """
+def open_clip_folder(path: str) -> OpenClipFolder:
+    """Look at the text encoder of open_clip in a local folder. Raises UnsupportedModelError."""
     folder = Path(path)
-    if not (folder / CONFIG).is_file() or (folder / transformers_text.CONFIG).is_file():
-        return transformers_text.text_folder(path)
     files = (CONFIG, WEIGHTS, TOKENIZER)
     for name in files:
         if not (folder / name).is_file():
-            raise UnsupportedModelError(path, f"there is no {name} in this folder")
+            remedy = (
+                "save the model in safetensors, with its tokenizer, as open_clip's push_to_hf_hub "
+                "does, or name the folder that has them"
+            )
+            raise UnsupportedModelError(path, f"there is no {name} in this folder: {remedy}")
     options = _options(folder)
     return OpenClipFolder(
         folder,
@@ -124,25 +137,55 @@ def frozen_text_folder(path: str) -> TextFolder:
 
 
 def _options(folder: Path) -> dict[str, Any]:
-    """The sizes of the text encoder, quick_gelu and embed_dim. Raises UnsupportedModelError."""
+    """The text_cfg with its defaults, quick_gelu and embed_dim. Raises UnsupportedModelError."""
     held = read_json(folder / CONFIG).get("model_cfg")
     text = held.get("text_cfg") if isinstance(held, dict) else None
     if not isinstance(held, dict) or not isinstance(text, dict):
         problem = "has no model_cfg with a text_cfg: it is not of a model of images and texts"
         raise UnsupportedModelError(str(folder / CONFIG), problem)
+    if problem := _unlike_clip(text) or _bad_size(options := _with_defaults(held, text)):
+        raise UnsupportedModelError(str(folder / CONFIG), problem)
+    return options
+
+
+def _unlike_clip(text: dict[str, Any]) -> str:
+    """The reason why a text_cfg is not of a network in the form of CLIP's; empty: it is."""
     for name, value in FORM.items():
         if text.get(name, value) != value:
-            problem = (
-                f"text_cfg.{name} is {text[name]!r}; only text encoders in the form of CLIP's, "
-                f"where it is {value!r}, are read"
+            return (
+                f"text_cfg.{name} is {sanitize(repr(text[name]))}; only text encoders in the form "
+                f"of CLIP's, where it is {value!r}, are read"
             )
-            raise UnsupportedModelError(str(folder / CONFIG), problem)
-    options = SIZES | text | {"embed_dim": held.get("embed_dim")}
+    if kwargs := text.get("tokenizer_kwargs"):
+        return (
+            f"text_cfg.tokenizer_kwargs is {sanitize(repr(kwargs))}; only tokenizers that "
+            f"{TOKENIZER} describes whole, without it, are read"
+        )
+    if unknown := sorted(set(text) - KNOWN):
+        return (
+            f"text_cfg has the unknown key {sanitize(repr(unknown[0]))}; it may change the "
+            f"network: known are {', '.join(sorted(KNOWN))}"
+        )
+    return ""
+
+
+def _with_defaults(held: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    own = {"embed_dim": held.get("embed_dim"), "quick_gelu": held.get("quick_gelu", False)}
+    return SIZES | {"mlp_ratio": MLP_RATIO} | text | own
+
+
+def _bad_size(options: dict[str, Any]) -> str:
+    """The reason why these options build no network; empty: they do."""
     for name in (*SIZES, "embed_dim"):
-        if not isinstance(options[name], int):
-            problem = f"{name} is {options[name]!r}, and must be a whole number"
-            raise UnsupportedModelError(str(folder / CONFIG), problem)
-    return options | {"quick_gelu": bool(held.get("quick_gelu", False))}
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return f"{name} is {sanitize(repr(value))}, and must be a whole number above 0"
+    ratio = options["mlp_ratio"]
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+        return f"mlp_ratio is {sanitize(repr(ratio))}, and must be a number above 0"
+    if not isinstance(options["quick_gelu"], bool):
+        return f"quick_gelu is {sanitize(repr(options['quick_gelu']))}, and must be true or false"
+    return ""
 
 
 def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

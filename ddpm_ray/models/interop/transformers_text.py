@@ -48,6 +48,8 @@ class TextFolder:
     end_token: int | None  # that CLIP looks for; None: it needs none
     files: tuple[str, ...]  # all that is read
     pad_token: int | None = None  # that fills rows; None: the tokenizer's own
+    config: str = CONFIG  # file of its sizes, for errors
+    takes_last: str = f"with eos_token_id {LEGACY_END} it takes"  # a text's end, for errors
 
     @property
     def is_clip(self) -> bool:
@@ -67,16 +69,16 @@ class TextFolder:
         problem = ""
         if vocabulary > self.vocabulary:
             problem = (
-                f"{TOKENIZER} has {vocabulary} tokens, and {CONFIG} {self.vocabulary}: they are "
-                "not of one model"
+                f"{TOKENIZER} has {vocabulary} tokens, and {self.config} {self.vocabulary}: they "
+                "are not of one model"
             )
         elif self.positions and length > self.positions:
             problem = f"text.length is {length}, and its texts have at most {self.positions} tokens"
         elif self.end_token == LEGACY_END:
             if end_token != vocabulary - 1:
                 problem = (
-                    f"with eos_token_id {LEGACY_END} it takes the last token of its vocabulary as "
-                    f"the end of a text, and {TOKENIZER} ends texts with token {end_token}"
+                    f"{self.takes_last} the last token of its vocabulary as the end of a text, and "
+                    f"{TOKENIZER} ends texts with token {end_token}"
                 )
         elif self.end_token is not None and end_token != self.end_token:
             problem = (
