@@ -28,6 +28,7 @@ from benchmarks.gpu.tiny_keys import (
     TRANSFORMER,
 )
 from ddpm_ray.assembly import checkpoint_loading, diffusion, networks, scoring, training_run
+from ddpm_ray.assembly.inputs_of_data import with_inputs_of_data
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch
@@ -489,7 +490,7 @@ def _grid(device: torch.device) -> None:
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     with tempfile.TemporaryDirectory() as folder:
         data = replace(config.data, cache_dir=folder)
-        shown = training_run.with_inputs_of_data(denoiser, data, packed(folder), 4, device)
+        shown = with_inputs_of_data(denoiser, data, packed(folder), 4, device)
         SampleGridLogger(shown, plan, SHAPE, Workers(0, 1, device), folder, Notes()).log_grid(0)
 
 

@@ -8,7 +8,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.redaction import counted, sanitize
 
-FINGERPRINT = "embeddings_fingerprint"  # fact of a run that reads such a set
+EMBEDDINGS_FINGERPRINT = "embeddings_fingerprint"  # fact of a run that reads such a set
 
 
 def checked_embeddings(config: RunConfig, dataset: Dataset, encoder_sha256: str) -> Dataset | None:
@@ -45,7 +45,7 @@ def stored_embeddings(config: RunConfig, facts: Mapping[str, Any]) -> Dataset | 
     if not config.embedding.url:
         return None
     found = open_dataset(config.embedding.url)
-    if found.fingerprint != (wanted := facts[FINGERPRINT]):
+    if found.fingerprint != (wanted := facts[EMBEDDINGS_FINGERPRINT]):
         raise DatasetError(
             found.url,
             f"this is {named_set(found.fingerprint)}, and the run has {named_set(wanted)}",

@@ -18,7 +18,7 @@ from ddpm_ray.assembly.encoder_loading import (
     encoders_of_sha256,
     trained_encoders,
 )
-from ddpm_ray.assembly.image_embeddings import FINGERPRINT, checked_embeddings
+from ddpm_ray.assembly.image_embeddings import EMBEDDINGS_FINGERPRINT, checked_embeddings
 from ddpm_ray.assembly.model_copies import copy_files, copy_in
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
@@ -92,7 +92,7 @@ def settled_embedding(
     settled = replace(config, embedding=replace(wanted, width=encoders.width))
     facts: dict[str, Any] = {"image_encoder": {"url": encoders.url, "sha256": encoders.sha256}}
     if embeddings := checked_embeddings(settled, dataset, encoders.sha256):
-        facts[FINGERPRINT] = embeddings.fingerprint
+        facts[EMBEDDINGS_FINGERPRINT] = embeddings.fingerprint
     return settled, facts
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,8 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
-from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.dataset_codec import codec_of
-from ddpm_ray.data.decoded_images import decoded_images, image_codec
 from ddpm_ray.data.embedded_stream import EmbeddedStream
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
@@ -34,7 +31,6 @@ from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.sampling.conditioning import ImageEmbedder
-from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import validation_loss
 from ddpm_ray.training.bf16_weights import Bf16Weights
@@ -239,19 +235,6 @@ def validator(
         grid_logger.sink,
         config.sampling.batch_size,
     )
-
-
-def with_inputs_of_data(
-    denoiser: Denoiser, config: DataConfig, dataset: Dataset, count: int, device: torch.device
-) -> Denoiser:
-    """`denoiser` with small images or embeddings of `count` decoded images, if it takes any."""
-    if not (denoiser.takes.low_resolution_pixels or denoiser.takes.image_encoder):
-        return denoiser
-    samples = fixed_images(config, dataset, range(count), count)
-    stored = decoded_images(image_codec(dataset, denoiser.codec), samples.images.to(device))
-    x_0, labels = PIXELS.encode(stored.to(device)), samples.labels.to(device)
-    shown = replace(denoiser.takes, tokenizer=None).of_data(x_0, labels)
-    return replace(denoiser, low_resolution_images=shown.low_resolution, embeddings=shown.embedding)
 
 
 def fixed_images(

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from ddpm_ray.assembly.image_embeddings import FINGERPRINT, named_set
+from ddpm_ray.assembly.image_embeddings import EMBEDDINGS_FINGERPRINT, named_set
 from ddpm_ray.assembly.run_config import saved_config
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.storage import checksummed_json, object_store
@@ -31,12 +31,12 @@ CLAIMS = "claims"
 TRIALS = "trials"  # below a sweep's folder
 SETTLE_S = 1.0  # see _agree
 SETTLE_TRIES = 10  # then the run starts anyway: simultaneous starts of one name are rare
-FROM_FACTS = (
+FROM_FACTS = (  # that a checkpoint holds, too
     "init_from",
     "text_encoder",
     "image_encoder",
-    FINGERPRINT,
-)  # that a checkpoint holds, too
+    EMBEDDINGS_FINGERPRINT,
+)
 STALE_S = 60.0  # a claim that is this much older than ours is of a driver that died
 
 
@@ -67,7 +67,7 @@ def claim(
             f"data.url holds data set {begun['data_fingerprint'][:12]}, but the run began with "
             f"{found['data_fingerprint'][:12]}"
         )
-    mine, theirs = (one.get(FINGERPRINT, "") for one in (begun, found))
+    mine, theirs = (one.get(EMBEDDINGS_FINGERPRINT, "") for one in (begun, found))
     if mine != theirs:
         lines.append(
             f"embedding.url holds {named_set(mine)}, but the run began with {named_set(theirs)}"

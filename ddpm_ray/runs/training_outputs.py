@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from ddpm_ray.assembly import diffusion, run_config, training_run
 from ddpm_ray.assembly.image_encoders import named_encoder
 from ddpm_ray.assembly.inference import inference_network
+from ddpm_ray.assembly.inputs_of_data import with_inputs_of_data
 from ddpm_ray.assembly.prompts import with_prompts
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.run import RunConfig
@@ -56,9 +57,7 @@ def training_outputs(
     denoiser = diffusion.denoiser(config, network, workers.device, codec, tokenizer, encoder)
     draws = config.traits.draws_images
     if draws:
-        denoiser = training_run.with_inputs_of_data(
-            denoiser, config.data, dataset, GRID_IMAGES, workers.device
-        )
+        denoiser = with_inputs_of_data(denoiser, config.data, dataset, GRID_IMAGES, workers.device)
     names = dataset.manifest.label_names
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule, names)
     grid_logger = SampleGridLogger(

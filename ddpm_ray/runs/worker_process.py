@@ -7,7 +7,7 @@ import torch
 
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import latents
-from ddpm_ray.assembly.image_embeddings import FINGERPRINT, named_set
+from ddpm_ray.assembly.image_embeddings import EMBEDDINGS_FINGERPRINT, named_set
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
@@ -56,7 +56,7 @@ def require_same_sets(
     `facts` are those of the run, `stored` those of the checkpoint.
     """
     require_same_data(dataset, stored["data_fingerprint"], "checkpoint was trained on")
-    mine, theirs = (one.get(FINGERPRINT, "") for one in (facts, stored))
+    mine, theirs = (one.get(EMBEDDINGS_FINGERPRINT, "") for one in (facts, stored))
     if mine != theirs:
         raise DatasetError(
             config.embedding.url or "embedding.url",
@@ -67,7 +67,7 @@ def require_same_sets(
 
 def facts_of_run(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> dict[str, Any]:
     """Facts on the run that each checkpoint stores."""
-    named = ("image_encoder", FINGERPRINT)
+    named = ("image_encoder", EMBEDDINGS_FINGERPRINT)
     return {
         "config": settings["config"],
         "version": package_version(),

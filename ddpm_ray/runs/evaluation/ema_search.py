@@ -13,6 +13,7 @@ from torch import nn
 
 from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, scoring, training_run
 from ddpm_ray.assembly.inference import inference_network
+from ddpm_ray.assembly.inputs_of_data import with_inputs_of_data
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
@@ -165,9 +166,7 @@ def score_widths(
         run, workers.device, autoencoder=config.autoencoder, text_model=config.text_model
     )
     count = min(wanted.num_images, int(dataset.counts.sum()))
-    denoiser = training_run.with_inputs_of_data(
-        model.denoiser, begun.data, dataset, count, workers.device
-    )
+    denoiser = with_inputs_of_data(model.denoiser, begun.data, dataset, count, workers.device)
     net = scoring.feature_net(wanted, training_run.cache_dir(begun.data, "weights"), workers.device)
     kernel_images = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
     codec, data = denoiser.codec, scoring.reference_data(wanted, dataset)

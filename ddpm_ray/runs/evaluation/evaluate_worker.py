@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddpm_ray.assembly import data_order, scoring, training_run
 from ddpm_ray.assembly.inference import inference_network
+from ddpm_ray.assembly.inputs_of_data import with_inputs_of_data
 from ddpm_ray.assembly.prompts import with_prompts
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
@@ -87,9 +88,7 @@ def _scores(
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
     count = min(drawn, int(dataset.counts.sum()))
-    shown = training_run.with_inputs_of_data(
-        model.denoiser, begun.data, dataset, count, workers.device
-    )
+    shown = with_inputs_of_data(model.denoiser, begun.data, dataset, count, workers.device)
     model = dataclasses.replace(model, denoiser=shown)
     found: dict[str, Any] = {"metrics": {}}
     if config.evaluation.num_images:
