@@ -13,12 +13,13 @@ import ddpm_ray
 from ddpm_ray.assembly import frozen_text
 from ddpm_ray.assembly.portable_models import copy_model
 from ddpm_ray.config.loading import ConfigError
-from ddpm_ray.runs.run_text_model import run_text_model
+from ddpm_ray.runs.run_text_model import run_text_model, run_texts
 from ddpm_ray.training.checkpoint_folder import CheckpointError, read_checkpoint
 from ddpm_ray.training.loop import train_loop
 from tests.config.test_task_options import complaints
 from tests.data.captioned_sets import write_captioned
 from tests.fixtures.same_bits import assert_same_bits
+from tests.models.test_open_clip_text import write as write_open_clip
 from tests.models.transformers_folders import L, write_folder
 from tests.training.test_loop import (
     Killed,
@@ -72,6 +73,27 @@ def test_a_killed_run_ends_like_an_unbroken_one_and_holds_no_tensor_of_the_encod
     file.write_text(file.read_text() + " ")
     with pytest.raises(ValueError, match="trained with the text encoder of sha256"):
         frozen_text._checked(facts, str(tmp_path / "moved"))
+
+
+def test_a_run_on_a_folder_of_open_clip_starts_again_with_its_padding(tmp_path: Path) -> None:
+    """The run's tokenizer.json does not say that token 0 fills rows."""
+    encoder, run = tmp_path / "encoder", str(tmp_path / "run")
+    encoder.mkdir()
+    write_open_clip(encoder, "gelu")
+    data = write_captioned(tmp_path / "data", [["a cat"], ["a dog"]] * 4, 4)
+    config = configured(str(tmp_path / "data"), *ENCODER, f"text.model={encoder}")
+    first, again = (run_texts(config, data, run) for _ in range(2))
+    assert first.tokenizer is not None
+    assert again.tokenizer is not None
+    assert (again.tokenizer.pad, again.tokenizer.sha256) == (0, first.tokenizer.sha256)
+    assert again.settings == first.settings
+    (row,) = again.tokenizer.encode(["a"]).tolist()
+    assert row[-1] == 0
+    (tmp_path / "other").mkdir()
+    write_folder(tmp_path / "other", "CLIPTextModel")
+    config = configured(str(tmp_path / "data"), *ENCODER, f"text.model={tmp_path / 'other'}")
+    with pytest.raises(ConfigError, match=r"whose tokenizer is of sha256 .*, but the run began"):
+        run_texts(config, data, run)
 
 
 def test_a_name_of_a_hub_is_refused_in_one_line(tmp_path: Path) -> None:
