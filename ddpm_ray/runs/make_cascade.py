@@ -20,6 +20,7 @@ from ddpm_ray.tracking.tracking_uri import (
     artifact_root,
     require_database_folder,
     resolve_tracking_uri,
+    source_of,
     warn_of_another_host,
 )
 
@@ -35,7 +36,7 @@ def make_cascade(out: str, config: CascadeConfig, home: Path) -> dict[str, Any]:
     uri = resolve_tracking_uri(home, config.tracking.uri) if config.register_as else ""
     if uri:
         warn_of_another_host(uri)
-        require_database_folder(uri)
+        require_database_folder(uri, source_of(config.tracking.uri))
     cascades.require_no_run(out)
     models = config.prior, config.decoder, config.upsamplers
     cascade, parts = cascades.joined(*models, config.candidates)

@@ -26,9 +26,9 @@ def resolve_tracking_uri(home: Path, uri: str = "") -> str:
     Relative paths are below `home`: Ray's workers run in other folders. Raises ConfigError where
     the URI has a password, because runs save it, or where other processes could not open it.
     """
-    key = "tracking.uri"
+    key = source_of(uri)
     if not uri:
-        key, uri = f"${VARIABLE}", os.environ.get(VARIABLE) or f"sqlite:///{home / 'mlflow.db'}"
+        uri = os.environ.get(VARIABLE) or f"sqlite:///{home / 'mlflow.db'}"
     if has_secret(uri):
         raise ConfigError(f"{key} is {redacted(uri)}: {NO_SECRET}")
     if found := _SQLITE.fullmatch(uri):
@@ -40,6 +40,13 @@ def resolve_tracking_uri(home: Path, uri: str = "") -> str:
         return uri
     _require_known_scheme(key, uri)
     return object_store.absolute(uri, home)
+
+
+def source_of(uri: str) -> str:
+    """Return what defines the tracking URI of a job whose option tracking.uri is `uri`."""
+    if uri:
+        return "tracking.uri"
+    return f"${VARIABLE}" if os.environ.get(VARIABLE) else "the default of tracking.uri"
 
 
 def _require_known_scheme(key: str, uri: str) -> None:
@@ -60,10 +67,11 @@ def database_file(uri: str) -> Path | None:
     return Path(found[2].removeprefix("/").partition("?")[0]) if found else None
 
 
-def require_database_folder(uri: str) -> None:
-    """Make the folder of an SQLite database; ConfigError if that fails.
+def require_database_folder(uri: str, source: str) -> None:
+    """Make the folder of an SQLite database; ConfigError, which names the `source`, if that fails.
 
-    MLflow would try to open the database again and again, for two minutes.
+    `source` is the `source_of` of the resolved URI. MLflow would try to open the database again
+    and again, for two minutes.
     """
     file = database_file(uri)
     try:
@@ -71,7 +79,7 @@ def require_database_folder(uri: str) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"tracking.uri is {uri}, and the folder of that database cannot be made "
+            f"{source} is {redacted(uri)}, and the folder of that database cannot be made "
             f"({error.strerror}): name another place"
         ) from error
 

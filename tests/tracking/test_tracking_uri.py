@@ -22,6 +22,7 @@ from ddpm_ray.tracking.tracking_uri import (
     database_file,
     require_database_folder,
     resolve_tracking_uri,
+    source_of,
     warn_of_another_host,
 )
 from tests.limits import ENDS_S
@@ -161,12 +162,21 @@ print(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], logging.getLogger("urllib3").le
     assert lines == ["[]", str(logging.NOTSET), f"10 {logging.ERROR}"]
 
 
-def test_the_folder_of_a_database_is_made_or_named_at_once(tmp_path: Path) -> None:
+def test_the_folder_of_a_database_is_made_or_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MLflow tries for two minutes to open a database whose folder does not exist."""
-    require_database_folder(f"sqlite:///{tmp_path}/new/folder/mlflow.db")
+    require_database_folder(f"sqlite:///{tmp_path}/new/folder/mlflow.db", "tracking.uri")
     assert (tmp_path / "new/folder").is_dir()
-    require_database_folder("http://mlflow.example.com")
+    require_database_folder("http://mlflow.example.com", "tracking.uri")
     (tmp_path / "file").touch()
     place = f"sqlite:///{tmp_path}/file/below/mlflow.db"
-    with pytest.raises(ConfigError, match=rf"tracking.uri is {place}, and the folder of that data"):
-        require_database_folder(place)
+    for option, variable, says in (
+        (place, "http://other", "tracking.uri"),
+        ("", place, r"\$MLFLOW_TRACKING_URI"),
+        ("", "", "the default of tracking.uri"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+        uri = resolve_tracking_uri(tmp_path / "file/below", option)
+        with pytest.raises(ConfigError, match=rf"^{says} is {place}, and the folder of that data"):
+            require_database_folder(uri, source_of(option))
