@@ -123,8 +123,10 @@ def wait_for_calls(engine: Engine, count: int) -> None:
 
 
 def held(model: TrainedModel) -> None:
-    """Stop the network at its next call."""
+    """Stop the network at its next call, which the next acquire of `called` waits for."""
     counted(model).go_on.clear()
+    while counted(model).called.acquire(blocking=False):
+        pass
 
 
 def test_jobs_of_all_kinds_at_once_give_the_images_of_each_alone(
@@ -255,8 +257,7 @@ def test_time_left_follows_from_the_costs_and_the_rate(model: TrainedModel) -> N
         assert rate > 0
         held(model)
         first = submitted(engine, model, lambda m: m.sample(1, steps=10), cost=10)
-        for _ in range(5):  # four of the job before, and the first of this one
-            assert counted(model).called.acquire(timeout=ENDS_S)
+        assert counted(model).called.acquire(timeout=ENDS_S)
         hasty = {"cost": 3, "allowance_s": 1.0}
         second = submitted(engine, model, lambda m: m.sample(1, steps=3), **hasty)
         third = submitted(engine, model, lambda m: m.sample(1, steps=2), cost=2)
@@ -365,8 +366,11 @@ def test_a_fault_of_the_engine_leaves_no_job_waiting(
     model: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(EngineSettings(max_images=1))
-    monkeypatch.setattr(engine_module, "next_batch", lambda calls, width: 1 / 0)
+    held(model)
     jobs = [submitted(engine, model, lambda m: m.sample(1, steps=2)) for _ in range(2)]
+    assert counted(model).called.acquire(timeout=ENDS_S)
+    monkeypatch.setattr(engine_module, "next_batch", lambda calls, width: 1 / 0)
+    counted(model).go_on.set()
     with pytest.raises(JobCancelledError, match=r"the engine has failed .ZeroDivisionError"):
         jobs[0].result(ENDS_S)
     with pytest.raises(RuntimeError, match="the engine has failed"):
