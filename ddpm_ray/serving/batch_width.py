@@ -10,6 +10,9 @@ ROUNDS = 3  # timed calls of each width, after one that is not timed
 LEAST_GAIN = 1.05  # of the rate, for twice the rows: each call then takes nearly twice as long
 
 
+NO_MEMORY = "out of memory"  # in torch's errors, of a GPU and of a CPU
+
+
 class WidthProfile(NamedTuple):
     """The measured times of calls of one shape, and the width that follows."""
 
@@ -21,20 +24,22 @@ class WidthProfile(NamedTuple):
 def profiled_width(
     call: Callable[[int], object], most: int, *, clock: Clock = time.perf_counter
 ) -> WidthProfile:
-    """Find the width, a power of two up to `most`, from which on more rows gain nothing.
+    """Find the width, a power of two up to `most` (at least 1), from which more rows gain nothing.
 
     `call(rows)` computes a call of that many rows and waits for its end. A wider call has more rows
     per second, and each job waits longer for its step: the width is doubled as long as that gives
-    LEAST_GAIN times the rate. A width for which `call` raises MemoryError, or RuntimeError as torch
-    does, is too wide. Raises the error of a single row.
+    LEAST_GAIN times the rate. A width at which memory runs out is too wide. Raises the other errors
+    of `call`, and any of a single row.
     """
+    if most < 1:
+        raise ValueError(f"most is {most}; a call has at least 1 row")
     seconds: dict[int, float] = {}
     best, width = 1, 1
     while width <= most:
         try:
             seconds[width] = _median_s(call, width, clock)
-        except (MemoryError, RuntimeError):  # torch.OutOfMemoryError is a RuntimeError
-            if width == 1:
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if width == 1 or not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
                 raise
             break
         if width > 1 and width / seconds[width] < LEAST_GAIN * best / seconds[best]:

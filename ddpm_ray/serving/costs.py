@@ -18,8 +18,9 @@ def network_rows(
     strength: float = 1.0,
     painting: Painting | None = None,
 ) -> int:
-    """The number of images of all network calls of a job: steps, guidance, windows, resamples.
+    """The number of images of all network calls: steps, guidance, windows, resamples.
 
+    Of sample, inpaint, outpaint and image_to_image; cascades and inversions are not counted here.
     `windows` are those of one image (editing.windows), `strength` is that of image_to_image, and
     `painting` the method of an inpainting; `auto` must be chosen. Calls of a guidance model are not
     counted.

@@ -149,5 +149,5 @@ def _is_text(name: str, types: Mapping[str, Any]) -> bool:
 def _json_value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -44,8 +44,11 @@ class QueueLimit:
             return
         beyond_s = (left + rows) / rate - self.max_s
         if beyond_s > 0:
-            waiting = f"work for {left / rate:.0f} s waits, and the limit is {self.max_s:g} s"
-            raise OverloadedError(waiting, min(beyond_s, left / rate))
+            raise OverloadedError(
+                f"work for {left / rate:.1f} s is accepted, this takes {rows / rate:.1f} s, and "
+                f"both have to be at most {self.max_s:g} s",
+                min(beyond_s, left / rate),
+            )
 
 
 @dataclass
@@ -62,6 +65,9 @@ class TokenBucket:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("per_s", "burst"):
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"{name} is {value:g}; it must be above 0")
         self._level, self._at_s = self.burst, self.clock()
 
     def take(self, units: float) -> None:
@@ -72,5 +78,8 @@ class TokenBucket:
             self._at_s = now_s
             lacking = min(units, self.burst) - self._level
             if lacking > 1e-9 * self.burst:
-                raise OverloadedError("this client is over its rate", lacking / self.per_s)
+                rate = f"{self.per_s:g} a second and {self.burst:g} at once"
+                raise OverloadedError(
+                    f"this takes {units:g} units, and a client has {rate}", lacking / self.per_s
+                )
             self._level -= units

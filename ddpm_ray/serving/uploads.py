@@ -1,7 +1,8 @@
 """Uploaded images and masks, in the convention of OpenAI's image API.
 
 Where alpha is 0 the image is to be painted: that of the mask, or of the image itself if there is no
-mask. All other pixels are kept. In this library a mask is True where a pixel is known.
+mask. All other pixels are kept, on white where they are partly transparent. In this library a mask
+is True where a pixel is known.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ def read_canvas(
                 "mask",
             )
     known = None if painted is None else ~painted
+    if size is not None and size[0] * size[1] > max_pixels:
+        raise RequestError(
+            f"size is {size[1]}x{size[0]}; an image has at most {max_pixels} pixels", "size"
+        )
     if size is None or size == pixels.shape[:2]:
         return Canvas(pixels, known)
     if size[0] < pixels.shape[0] or size[1] < pixels.shape[1]:
@@ -88,7 +93,7 @@ def _read(
             image = image.convert("L" if channels == 1 else "RGB")
         return to_pixels(image), _transparent(field, file)
     except BadImageError as error:
-        raise RequestError(str(error), field) from error
+        raise RequestError(f"{field}: {error.args[1]}", field) from error
 
 
 def _transparent(field: str, file: bytes) -> Mask | None:

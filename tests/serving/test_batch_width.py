@@ -47,3 +47,14 @@ def test_what_does_not_fit_into_memory_is_too_wide() -> None:
     assert profiled_width(machine, 64, clock=lambda: machine.now_s).width == 4
     with pytest.raises(RuntimeError, match="out of memory"):
         profiled_width(Machine(lambda n: 0.01, room=0), 64)
+
+
+def test_another_error_is_no_limit_of_memory() -> None:
+    def call(rows: int) -> None:
+        if rows > 1:
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        profiled_width(call, 8)
+    with pytest.raises(ValueError, match="most is 0; a call has at least 1 row"):
+        profiled_width(call, 0)

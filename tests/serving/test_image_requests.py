@@ -124,3 +124,5 @@ def test_a_form_gives_the_values_of_json() -> None:
     }
     with pytest.raises(RequestError, match="n is 'many'; give a whole number"):
         parsed_request(EditRequest, of_form(EditRequest, {"n": "many"}))
+    with pytest.raises(RequestError, match=r"n is '\[\[\["):
+        parsed_request(EditRequest, of_form(EditRequest, {"n": "[" * 100_000}))

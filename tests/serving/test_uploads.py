@@ -96,6 +96,7 @@ def test_a_larger_canvas_has_the_image_in_its_middle(
         (png(coloured(3, 4)), png(coloured(3, 4)), None, "mask", "mask has no transparent pixel"),
         (png(coloured(3, 4)), png(coloured(3, 4)[..., :3]), None, "mask", "no transparent pixel"),
         (png(coloured(3, 4)), b"\x89PNG", None, "mask", "mask: not a readable image"),
+        (png(coloured(3, 4)), None, (101, 100), "size", "size is 100x101; .* at most 10000 pixels"),
         (png(coloured(3, 4)), None, (2, 9), "size", r"size is 9x2, and image 4 x 3 \(width x hei"),
     ],
 )
