@@ -372,3 +372,14 @@ def test_scores_that_a_cascade_does_not_have_are_refused_before_ray_starts(
     silent = EvaluateConfig(sampling=SamplingSettings(steps=4), evaluation=chosen)
     with pytest.raises(ConfigError, match=r"large holds no captions: a cascade draws images of te"):
         run(config=silent)
+
+
+def test_the_variable_that_names_a_database_without_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any model is loaded; the option tracking.uri is not set."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/below/mlflow.db")
+    config = CascadeConfig("no prior", "no decoder", register_as="fruit")
+    with pytest.raises(ConfigError, match=r"^\$MLFLOW_TRACKING_URI is sqlite:.*cannot be made"):
+        make_cascade(str(tmp_path / "out"), config, tmp_path)
