@@ -19,7 +19,7 @@ from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.editing import Painting
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import sampling_plan
-from ddpm_ray.serving.costs import network_rows
+from ddpm_ray.serving.costs import called_steps, network_rows
 
 KNOWN = np.zeros((2, 12, 11, 1), np.uint8)
 MASK = np.arange(12 * 11).reshape(12, 11) % 3 > 0
@@ -69,7 +69,8 @@ def model(network: Counting) -> TrainedModel:
 def counted(model: TrainedModel, settings: dict[str, Any], images: int, **how: Any) -> int:
     chosen = model.with_settings(**settings).settings
     plan = sampling_plan(chosen, model.denoiser.schedule)
-    return network_rows(model.denoiser, plan, images, **how)
+    called = called_steps(model.denoiser, plan, **how)
+    return network_rows(model.denoiser, plan, called, images)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -91,7 +92,7 @@ def test_of_image_to_image(
     model.image_to_image(KNOWN, strength, **settings)
     windows = editing.windows(12, 11, (8, 8))
     assert windows == 4
-    assert network.rows == counted(model, settings, 2, windows=windows, strength=strength)
+    assert network.rows == counted(model, settings, 2 * windows, strength=strength)
 
 
 @pytest.mark.parametrize("method", ["repaint", "replacement"])
@@ -100,4 +101,4 @@ def test_of_inpaintings(method: Any, model: TrainedModel, network: Counting) -> 
     how: dict[str, Any] = {"method": method, "resamples": 3, "jump_length": 2}
     model.inpaint(KNOWN, MASK, **how, **settings)
     painting = Painting(**how)
-    assert network.rows == counted(model, settings, 2, windows=4, painting=painting)
+    assert network.rows == counted(model, settings, 2 * 4, painting=painting)
