@@ -79,6 +79,7 @@ class TrainedModel(DrawingModel):
         whole = canvas.filled(known, keep) if factor > 1 else known
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
+            """Repaint the images `index`, whose x_0 are x."""
             rows = cells if len(cells) == 1 else cells[index]
             return editing.inpaint(
                 self.denoiser, plan, painting, x, rows, index, size, on_step=on_step
