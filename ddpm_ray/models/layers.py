@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from ddpm_ray.models.group_norm import GroupNorm, GroupNormSiLU, in_autocast
 
 Resample: TypeAlias = Callable[[Tensor], Tensor]
+# Keys of `attend`; the weights of so many are 2 MiB for an image and head, in bfloat16.
+MAX_KEYS_OF_PRODUCTS = 1024
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,6 @@ class Variant:
     frequency_shift: int = 1  # 1: the lowest frequency is 1/10,000; 0: slightly higher
 
 
-MAX_KEYS_OF_PRODUCTS = 1024  # whose weights are 2 MiB for an image and head, in bfloat16
 HO = Variant()
 GUIDED = Variant(
     norm_eps=1e-5,

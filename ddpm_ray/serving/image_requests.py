@@ -118,6 +118,7 @@ def of_form(kind: type[ImageRequest], form: Mapping[str, str]) -> dict[str, Any]
 def named_field(problem: str) -> str | None:
     """The field that a line of an error begins with; None if it begins with another word."""
     word = problem.split(" ", 1)[0].removeprefix("sampling.")
+    word = "prompt" if word == "prompts" else word  # the samplers take several
     kinds = (ImageRequest, EditRequest, VariationRequest)
     known = {item.name for kind in kinds for item in fields(kind)}
     return word if word in known or word in EXTENSIONS else None

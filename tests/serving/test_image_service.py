@@ -97,7 +97,7 @@ def test_a_larger_canvas_is_painted_in_windows(service: ImageService) -> None:
     [
         (ImageRequest(model="cats"), {}, "model", 404),
         (ImageRequest(size="64x64"), {}, "size", 400),
-        (ImageRequest(prompt="a cat"), {}, None, 400),
+        (ImageRequest(prompt="a cat"), {}, "prompt", 400),
         (ImageRequest(), {"steps": 21}, "steps", 400),
         (ImageRequest(), {"steps": 15}, "steps", 400),  # of the service
         (ImageRequest(), {"seed": -1}, "seed", 400),
@@ -109,7 +109,7 @@ def test_a_larger_canvas_is_painted_in_windows(service: ImageService) -> None:
 def test_what_cannot_be_served_names_its_field(
     request_: ImageRequest,
     settings: dict[str, object],
-    param: str | None,
+    param: str,
     status: int,
     model: TrainedModel,
 ) -> None:
