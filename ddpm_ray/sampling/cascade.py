@@ -80,15 +80,23 @@ class Cascade(DrawingModel):
         return self._decoded(embeddings, chosen, first, on_step)
 
     @checks_arguments
-    def variations(self, images: Images, *, per_image: Count = 1, **settings: Any) -> Images:
+    def variations(
+        self,
+        images: Images,
+        *,
+        per_image: Count = 1,
+        on_step: OnStep | None = None,
+        **settings: Any,
+    ) -> Images:
         """Draw `per_image` images like each of `images`: uint8 [N * per_image, H, W, C].
 
-        There is no text unless the call has `prompts`. (Ramesh et al. 2022, section 3.1.)
+        There is no text unless the call has `prompts`. `on_step` is that of `sample`. (Ramesh et
+        al. 2022, section 3.1.)
         """
         chosen = self._chosen(settings)
         if settings.get("prompts") is None:
             chosen = replace(chosen, prompts=())
-        return self._decoded(embedded(self, images, per_image), chosen)
+        return self._decoded(embedded(self, images, per_image), chosen, on_step=on_step)
 
     @checks_arguments
     def interpolate(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 Clock = Callable[[], float]
 ROUNDS = 3  # timed calls of each width, after one that is not timed
-LEAST_GAIN = 1.05  # of the rate, for twice the rows: each call then takes nearly twice as long
+LEAST_GAIN = 1.05  # of the rate; with less, a wider call only lets each job wait longer
+PATIENCE = 2  # widths in a row without that gain, after which no wider one is tried
 
 
 NO_MEMORY = "out of memory"  # in torch's errors, of a GPU and of a CPU
@@ -27,9 +28,9 @@ def profiled_width(
     """Find the width, a power of two up to `most` (at least 1), from which more rows gain nothing.
 
     `call(rows)` computes a call of that many rows and waits for its end. A wider call has more rows
-    per second, and each job waits longer for its step: the width is doubled as long as that gives
-    LEAST_GAIN times the rate. A width at which memory runs out is too wide. Raises the other errors
-    of `call`, and any of a single row.
+    per second, and each job waits longer for its step: a wider one is taken if it has LEAST_GAIN
+    times the rate, also where one between them has not, as on a busy machine. A width at which
+    memory runs out is too wide. Raises the other errors of `call`, and any of a single row.
     """
     if most < 1:
         raise ValueError(f"most is {most}; a call has at least 1 row")
@@ -42,9 +43,11 @@ def profiled_width(
             if width == 1 or not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
                 raise
             break
-        if width > 1 and width / seconds[width] < LEAST_GAIN * best / seconds[best]:
+        if width == 1 or width / seconds[width] >= LEAST_GAIN * best / seconds[best]:
+            best = width
+        elif width >= best * 2**PATIENCE:
             break
-        best, width = width, 2 * width
+        width *= 2
     return WidthProfile(best, best / seconds[best], seconds)
 
 

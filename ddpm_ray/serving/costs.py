@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from ddpm_ray.diffusion.guidance import scale_by_step
 from ddpm_ray.diffusion.inpainting import jump_schedule
+from ddpm_ray.sampling.cascade import Cascade
 from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.editing import Painting
-from ddpm_ray.sampling.sampling import SamplingPlan
+from ddpm_ray.sampling.sampling import SamplingPlan, sampling_plan
 
 
 def called_steps(
@@ -34,7 +37,7 @@ def called_steps(
 def network_rows(denoiser: Denoiser, plan: SamplingPlan, called: Sequence[int], images: int) -> int:
     """The number of images of all network calls at the steps `called`, with guidance.
 
-    Of sample, inpaint, outpaint and image_to_image; cascades and inversions are not counted here.
+    Of sample, inpaint, outpaint and image_to_image of one network; inversions are not counted.
     `images` is the number of images of a job, times that of the windows of one (editing.windows).
     Calls of a guidance model are not counted.
     """
@@ -43,3 +46,33 @@ def network_rows(denoiser: Denoiser, plan: SamplingPlan, called: Sequence[int], 
     if guidance.interval is not None and guidance.scale != 1:
         scales = scale_by_step(guidance.scale, guidance.interval, denoiser.parameterization)
     return images * sum(1 if scales[t] in (0, 1) else 2 for t in called)
+
+
+class JobCost(NamedTuple):
+    """The network calls of a job."""
+
+    rows: int  # images of all calls
+    megapixels: float  # of these
+
+
+def job_cost(
+    model: DrawingModel, plan: SamplingPlan, called: Sequence[int], images: int
+) -> JobCost:
+    """The cost of a job with the steps `called`, with all stages of a cascade.
+
+    A row of a prior counts as a row, and has no pixels. See network_rows for `images`.
+    """
+    rows = network_rows(model.denoiser, plan, called, images)
+    height, width = model.image_size
+    pixels = rows * height * width
+    if isinstance(model, Cascade):
+        if plan.settings.prompts:
+            prior = model.prior
+            own = sampling_plan(prior.settings, prior.denoiser.schedule)
+            steps = called_steps(prior.denoiser, own)
+            rows += network_rows(prior.denoiser, own, steps, images * model.candidates)
+        for stage in model.upsamplers:
+            own = sampling_plan(stage.settings, stage.denoiser.schedule)
+            more = network_rows(stage.denoiser, own, called_steps(stage.denoiser, own), images)
+            rows, pixels = rows + more, pixels + more * stage.image_size[0] * stage.image_size[1]
+    return JobCost(rows, pixels / 1e6)

@@ -77,6 +77,7 @@ class Engine:
         self._running: set[Task] = set()
         self._closed = ""  # why; empty: it is open
         self._rows, self._seconds = 0.0, 0.0  # of recent batches
+        self._begun_s: float | None = None  # when the network call that runs began
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -147,6 +148,12 @@ class Engine:
         with self._lock:
             left = sum(task.left for task in (*self._running, *self._queue))
             return left, self._rows / self._seconds if self._seconds else 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the network call that runs began; 0: none runs."""
+        begun_s = self._begun_s
+        return 0.0 if begun_s is None else time.monotonic() - begun_s
 
     def close(self) -> None:
         """Cancel all jobs, and wait for their end, at most EXIT_S."""
@@ -256,9 +263,9 @@ class Engine:
         """
         of = {call: task for task, call in self._calls.items()}
         rows = next_batch(of, self.settings.width)
-        begun_s = time.monotonic()
+        self._begun_s = begun_s = time.monotonic()
         outputs = self._outputs(rows)
-        took_s = time.monotonic() - begun_s
+        self._begun_s, took_s = None, time.monotonic() - begun_s
         with self._lock:
             self.batches += 1
             self._rows = RATE_DECAY * self._rows + sum(one.length for one in rows)

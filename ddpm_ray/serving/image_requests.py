@@ -82,11 +82,12 @@ class VariationRequest(ImageRequest):
 
 
 def parsed_request(
-    kind: type[Request], values: Mapping[str, Any]
+    kind: type[Request], values: Mapping[str, Any], *, is_job: bool = False
 ) -> tuple[Request, dict[str, Any]]:
     """A request of JSON values, and the settings of the sampler that it gives.
 
-    Raises RequestError, which names the first wrong field.
+    `is_job`: previews need no stream, since those of a job can be read later. Raises RequestError,
+    which names the first wrong field.
     """
     known = {item.name for item in fields(kind)}
     for name in values:
@@ -98,7 +99,7 @@ def parsed_request(
         request = kind(**arguments(kind, own))
     except ValueError as error:
         raise RequestError(str(error), named_field(str(error))) from error
-    for problem in (*out_of_range(request), *_problems(request)):
+    for problem in (*out_of_range(request), *_problems(request, is_job)):
         raise RequestError(problem, named_field(problem))
     settings = {k: v for k, v in values.items() if k in EXTENSIONS and v is not None}
     return request, settings
@@ -124,7 +125,7 @@ def named_field(problem: str) -> str | None:
     return word if word in known or word in EXTENSIONS else None
 
 
-def _problems(request: ImageRequest) -> list[str]:
+def _problems(request: ImageRequest, is_job: bool) -> list[str]:
     """Lines for values that are of the right type, and wrong."""
     found = []
     if len(request.prompt) > MOST_PROMPT:
@@ -136,7 +137,7 @@ def _problems(request: ImageRequest) -> list[str]:
         found.append(f"size is {shown(request.size)}; give WIDTHxHEIGHT, as 64x64, or auto")
     elif size is not None and max(size) > MOST_SIDE:
         found.append(f"size is {request.size}; each side must have at most {MOST_SIDE} pixels")
-    if request.partial_images and not request.stream:
+    if request.partial_images and not (request.stream or is_job):
         found.append(f"partial_images is {request.partial_images}; previews need stream=true")
     return found
 

@@ -73,13 +73,37 @@ class TokenBucket:
     def take(self, units: float) -> None:
         """Take `units`, or raise OverloadedError and take none."""
         with self._lock:
-            now_s = self.clock()
-            self._level = min(self.burst, self._level + (now_s - self._at_s) * self.per_s)
-            self._at_s = now_s
-            lacking = min(units, self.burst) - self._level
-            if lacking > 1e-9 * self.burst:
-                rate = f"{self.per_s:g} a second and {self.burst:g} at once"
-                raise OverloadedError(
-                    f"this takes {units:g} units, and a client has {rate}", lacking / self.per_s
-                )
+            self._require(units)
             self._level -= units
+
+    def require(self, units: float) -> None:
+        """Raise OverloadedError where `take` does, and take none."""
+        with self._lock:
+            self._require(units)
+
+    @property
+    def affordable(self) -> float:
+        """The units that a request may take now; infinity where the bucket is full."""
+        with self._lock:
+            self._refill()
+            return math.inf if self._level >= self.burst * (1 - 1e-9) else max(0.0, self._level)
+
+    def charge(self, units: float) -> None:
+        """Take `units` that were affordable, though others may have taken some since."""
+        with self._lock:
+            self._refill()
+            self._level -= units
+
+    def _require(self, units: float) -> None:
+        self._refill()
+        lacking = min(units, self.burst) - self._level
+        if lacking > 1e-9 * self.burst:
+            rate = f"{self.per_s:g} a second and {self.burst:g} at once"
+            raise OverloadedError(
+                f"this takes {units:g} units, and a client has {rate}", lacking / self.per_s
+            )
+
+    def _refill(self) -> None:
+        now_s = self.clock()
+        self._level = min(self.burst, self._level + (now_s - self._at_s) * self.per_s)
+        self._at_s = now_s

@@ -19,6 +19,10 @@ class RequestError(ValueError):
         self.message, self.param, self.status, self.code = message, param, status, code
         self.headers = headers or {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies of other processes have all fields."""
+        return _restored, (self.message, self.param, self.status, self.code, self.headers)
+
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
@@ -32,3 +36,9 @@ class RequestError(ValueError):
                 "code": self.code,
             }
         }
+
+
+def _restored(
+    message: str, param: str | None, status: int, code: str | None, headers: dict[str, str]
+) -> RequestError:
+    return RequestError(message, param, status=status, code=code, headers=headers)

@@ -34,7 +34,14 @@ def test_a_machine_that_is_full_at_16_rows_gets_16() -> None:
     found = profiled_width(machine, 64, clock=lambda: machine.now_s)
     assert found.width == 16
     assert found.rows_per_s == pytest.approx(1600)
-    assert found.seconds == pytest.approx({1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01, 16: 0.01, 32: 0.02})
+    wanted = {1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01, 16: 0.01, 32: 0.02, 64: 0.04}
+    assert found.seconds == pytest.approx(wanted)
+
+
+def test_one_slow_width_between_faster_ones_ends_nothing() -> None:
+    """On a busy machine a call may take twice its time."""
+    machine = Machine(lambda n: 0.02 if n == 2 else 0.01)
+    assert profiled_width(machine, 16, clock=lambda: machine.now_s).width == 16
 
 
 def test_the_most_rows_are_a_limit() -> None:

@@ -10,17 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.diffusion import schedules
-from ddpm_ray.diffusion.conditioning import Conditioning
-from ddpm_ray.diffusion.parameterization import Parameterization
-from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.models.unet import UNet
-from ddpm_ray.models.unet_spec import UNetSpec
-from ddpm_ray.sampling.conditioning import ConditioningSpec
-from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images
 from ddpm_ray.serving import engine as engine_module
@@ -28,8 +19,8 @@ from ddpm_ray.serving.engine import Engine, EngineSettings
 from ddpm_ray.serving.engine_task import EngineJob, JobCancelledError
 from tests.limits import ENDS_S
 from tests.sampling.test_cascade import cascade
+from tests.serving.counted_model import counted, held
 
-SCHEDULE = NoiseSchedule(schedules.cosine(20))
 KNOWN = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
 MASK = np.arange(64).reshape(8, 8) % 3 > 0
 Act = Callable[[TrainedModel], Images]
@@ -50,59 +41,6 @@ JOBS: dict[str, Act] = {  # each is one job, at other steps, labels, guidance an
 }
 
 
-class Counted(nn.Module):
-    """A network that records the rows and steps of its calls, and may be held."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.batches: list[list[int]] = []
-        self.called, self.go_on = threading.Semaphore(0), threading.Event()
-        self.go_on.set()
-        self.fails_with: int | None = None
-        self.exits = False
-
-    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        self.called.release()
-        assert self.go_on.wait(ENDS_S)
-        self.batches.append(t.tolist())
-        labels = conditioning.labels
-        if self.exits:
-            raise SystemExit("the network ends its thread")
-        if labels is not None and self.fails_with in labels.tolist():
-            raise ValueError(f"this network fails with label {self.fails_with}")
-        output: Tensor = self.network(x_t, t, conditioning)
-        return output
-
-
-def counted(model: TrainedModel) -> Counted:
-    network = model.denoiser.network
-    assert isinstance(network, Counted)
-    return network
-
-
-@pytest.fixture
-def model() -> TrainedModel:
-    torch.manual_seed(0)
-    spec = UNetSpec(
-        image_channels=1,
-        base_channels=8,
-        channel_mults=(1, 2),
-        blocks_per_level=1,
-        attention_factors=(2,),
-        groups=4,
-        num_classes=3,
-    )
-    network = UNet(spec)
-    nn.init.normal_(network.conv_out.weight, std=0.1)
-    denoiser = Denoiser(
-        Counted(network.eval()),
-        Parameterization.of("epsilon", SCHEDULE),
-        takes=ConditioningSpec(num_classes=3),
-    )
-    return TrainedModel(denoiser, ImageShape(8, 8, 1), provenance={})
-
-
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     with Engine(EngineSettings(width=8)) as made:
@@ -120,13 +58,6 @@ def wait_for_calls(engine: Engine, count: int) -> None:
     while engine._inbox.qsize() < count:
         assert time.monotonic() < ends_s
         threading.Event().wait(0.001)
-
-
-def held(model: TrainedModel) -> None:
-    """Stop the network at its next call, which the next acquire of `called` waits for."""
-    counted(model).go_on.clear()
-    while counted(model).called.acquire(blocking=False):
-        pass
 
 
 def test_jobs_of_all_kinds_at_once_give_the_images_of_each_alone(
