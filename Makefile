@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train sweep test faults drill cluster-demo doctor lint types bench fault-bench gpu-check ui clean
+.PHONY: help train sweep serve test faults drill cluster-demo doctor lint types bench fault-bench gpu-check ui clean
 
 # Some images set it. Then each process compiles all that it imports: 17 s of CPU instead of 8 for
 # Ray, torch and MLflow.
@@ -28,6 +28,9 @@ train: $(READY)  ## train the demo: 8x8 digits, 2 workers; `STEPS=1500`: shorter
 
 sweep: $(READY)  ## sweep over noise schedules and T, on the digits; under 10 minutes
 	$(BIN)/python jobs/sweep.py conf/sweep/quick.yaml
+
+serve: $(READY)  ## serve the demo's model over HTTP, with a web page; after `make train`
+	$(BIN)/python jobs/serve.py runs/digits
 
 test: $(READY)  ## run all tests except the long ones
 	$(BIN)/pytest -n 2 --dist loadgroup

@@ -29,6 +29,7 @@ PAGES = (
     "Makefile",
     "cluster.yaml",
     "rayjob.yaml",
+    "rayservice.yaml",
 )
 
 NAMES = {

@@ -144,6 +144,17 @@ def register(uri: str, name: str, run_id: str) -> dict[str, Any]:
         return {"name": name, "version": _make_champion(client, name, run_id, {})}
 
 
+def version_uri(uri: str, model_uri: str) -> str:
+    """The version that models:/<name>@<alias> means now: models:/<name>/<version>.
+
+    Raises TrackingError.
+    """
+    name, _, alias = model_uri.removeprefix("models:").strip("/").partition("@")
+    with answering(uri):
+        found = BoundedClient(uri).get_model_version_by_alias(name, alias)
+    return f"models:/{name}/{found.version}"
+
+
 def _make_champion(client: BoundedClient, name: str, run_id: str, tags: dict[str, str]) -> str:
     """Add the run's model to `name` as a version with the alias `champion`; return its number."""
     logged = client.get_run(run_id).outputs.model_outputs[0].model_id

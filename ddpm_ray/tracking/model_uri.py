@@ -45,3 +45,15 @@ def require_whole_name(uri: str) -> None:
         raise ConfigError(
             f"{uri} lacks {missing}; write models:/<name>@<alias> or models:/<name>/<version>"
         )
+
+
+def shown_name(uri: str) -> str:
+    """A short name for the model at `uri`: of its registered model, or of the folder of its run."""
+    if uri.startswith("models:"):
+        return re.split("[@/]", uri.removeprefix("models:").strip("/"))[0]
+    parts = [part for part in uri.rstrip("/").split("/") if part]
+    if uri.startswith("runs:"):
+        return parts[1][:8]
+    inside = ("checkpoints", "checkpoint")  # a run has its checkpoints in a folder
+    named = [part for part in parts if part not in inside and not part.startswith("step-")]
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", named[-1] if named else "model").lstrip("-._")[:64]

@@ -1,4 +1,4 @@
-"""cluster.yaml and rayjob.yaml, held against Ray's own schema and against the repository."""
+"""cluster.yaml, rayjob.yaml, rayservice.yaml: against Ray's own schema and the repository."""
 
 import copy
 import re
@@ -18,10 +18,13 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ddpm_ray.config import loading
+from ddpm_ray.config.jobs.serve import ServeConfig
 from ddpm_ray.config.jobs.sweep import SweepConfig
+from ddpm_ray.config.loading import load_config
+from ddpm_ray.serving.ray_serve.application import TOKENS
 
 ROOT = Path(__file__).parents[2]
-MANIFESTS = ["cluster.yaml", "rayjob.yaml"]
+MANIFESTS = ["cluster.yaml", "rayjob.yaml", "rayservice.yaml"]
 SECRET = re.compile(
     r"\b\w*(?:PASSWORD|SECRET|TOKEN|ACCESS_KEY)\w*[\"']?\s*[=:]\s*[\"']?([\w+/=-]{8,})"
 )
@@ -57,9 +60,9 @@ def environment(cluster: dict[str, Any]) -> dict[str, str]:
     return dict(option[3:].split("=", 1) for option in options if option.startswith("-e "))
 
 
-def containers(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def containers(job: dict[str, Any], key: str = "rayClusterSpec") -> dict[str, dict[str, Any]]:
     """The one container of each kind of pod."""
-    spec = job["spec"]["rayClusterSpec"]
+    spec = job["spec"][key]
     pods = {"head": spec["headGroupSpec"]} | {g["groupName"]: g for g in spec["workerGroupSpecs"]}
     found = {}
     for name, group in pods.items():
@@ -244,6 +247,30 @@ def test_the_job_on_kubernetes_is_a_sweep_on_gpus_that_come_and_go(job: dict[str
     assert pods["gpu"]["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert len({(pod["image"], pod["workingDir"]) for pod in pods.values()}) == 1
     assert isinstance(yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"], dict)
+
+
+def test_the_server_on_kubernetes_listens_where_it_asks_for_tokens(job: dict[str, Any]) -> None:
+    """Its processes fit onto the pods, and Ray itself asks for a token."""
+    service = manifest("rayservice.yaml")
+    spec = service["spec"]["rayClusterConfig"]
+    assert spec["authOptions"] == job["spec"]["rayClusterSpec"]["authOptions"]
+    assert spec["rayVersion"] == ray.__version__
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    options = load_config(ServeConfig, None, application["args"]["options"])
+    pods = containers(service, "rayClusterConfig")
+    assert pods["head"]["ports"] == [
+        {"containerPort": config["http_options"]["port"], "name": "serve"}
+    ]
+    assert options.replicas.gpus == pods["gpu"]["resources"]["limits"]["nvidia.com/gpu"]
+    assert options.replicas.cpus <= float(pods["gpu"]["resources"]["requests"]["cpu"])
+    (workers,) = spec["workerGroupSpecs"]
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (
+        options.replicas.min,
+        options.replicas.max,
+    )
+    opening = (ROOT / "rayservice.yaml").read_text().partition("apiVersion")[0]
+    assert TOKENS in opening
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

@@ -27,7 +27,8 @@ from tests.fixtures.postgres import postgres_database
 from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ["Makefile", "cluster.yaml", "rayjob.yaml", "docs/cluster.md", "README.md"]
+SHIPPED = ["Makefile", "cluster.yaml", "rayjob.yaml", "rayservice.yaml"]
+SHIPPED += ["docs/cluster.md", "docs/serving.md", "README.md"]
 CALL = "/api/2.0/mlflow/experiments/search"
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
@@ -92,7 +93,7 @@ def test_each_ray_shows_its_dashboard_at_loopback_and_asks_for_a_token() -> None
     assert [name for name, _ in heads] == ["cluster.yaml", "docs/cluster.md", "docs/cluster.md"]
     for name, command in heads:
         assert option(command, "dashboard-host", "") == "127.0.0.1", (name, command)
-    for name in ("cluster.yaml", "rayjob.yaml", "docs/cluster.md"):
+    for name in ("cluster.yaml", "rayjob.yaml", "rayservice.yaml", "docs/cluster.md"):
         text = (ROOT / name).read_text()
         assert "RAY_AUTH_MODE=token" in text or re.search(r"authOptions:.*\n\s+mode: token", text)
     for name in SHIPPED:

@@ -1,0 +1,41 @@
+"""Models for a server: what a URI means now, and the model of that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint
+from ddpm_ray.runs.load_model import load_to_draw
+from ddpm_ray.sampling.drawing_model import DrawingModel
+from ddpm_ray.storage import object_store
+from ddpm_ray.tracking.model_uri import IN_MLFLOW
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+
+
+class ModelSources:
+    """Finds and loads models; `tracking_uri` is an MLflow server or database."""
+
+    def __init__(self, home: Path, tracking_uri: str, device: str | None = None) -> None:
+        self._home, self._tracking_uri, self._device = home, tracking_uri, device
+
+    def source(self, uri: str) -> str:
+        """The URI of the weights that `uri` means now, which always means the same weights.
+
+        An alias in the registry is a version, a run its newest checkpoint; other URIs are returned
+        as they are. Raises TrackingError, StorageError.
+        """
+        if uri.startswith("models:/") and "@" in uri:
+            from ddpm_ray.tracking import model_registry  # imports MLflow, which takes seconds
+
+            return model_registry.version_uri(self._tracking_uri, uri)
+        if uri.startswith(IN_MLFLOW):
+            return uri
+        try:
+            checkpoint, _ = newest_checkpoint(object_store.absolute(uri, self._home))
+        except CheckpointError:  # a cascade, or a folder of diffusers; or none, which `load` says
+            return uri
+        return checkpoint
+
+    def load(self, source: str) -> DrawingModel:
+        """Load the model at a source; raises what `load_to_draw` does."""
+        return load_to_draw(source, self._device, self._home, tracking_uri=self._tracking_uri)

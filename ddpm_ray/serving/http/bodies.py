@@ -1,0 +1,133 @@
+"""Bodies of requests: JSON, or a form with files. All of it stays in memory, and is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, NamedTuple
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from ddpm_ray.serving.request_errors import RequestError
+
+FILES = ("image", "mask")
+MOST_FIELDS = 50
+
+
+class Body(NamedTuple):
+    """The fields of a request."""
+
+    values: dict[str, Any]  # of JSON; or texts, of a form
+    files: dict[str, bytes]  # by field: those of FILES
+    is_form: bool
+
+
+async def read_body(request: Request, max_bytes: int, max_s: float) -> Body:
+    """Read the fields of a request. Raises RequestError: 400, 408, 413, 415."""
+    try:
+        return await asyncio.wait_for(_read(request, max_bytes), max_s)
+    except TimeoutError as error:
+        raise RequestError(f"the body did not come within {max_s:g} s", status=408) from error
+
+
+async def _read(request: Request, max_bytes: int) -> Body:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    stream = _bounded(request, max_bytes)
+    if kind == "multipart/form-data":
+        return await _form(request, stream, max_bytes)
+    if kind != "application/json":
+        given = f"Content-Type is {kind!r}" if kind else "there is no Content-Type"
+        raise RequestError(f"{given}; send application/json or multipart/form-data", status=415)
+    data = b"".join([part async for part in stream])
+    try:
+        values = json.loads(data, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise RequestError("the body is no JSON object, as {} is")
+    files = {name: _decoded(name, values.pop(name)) for name in FILES if name in values}
+    return Body(values, files, is_form=False)
+
+
+class _InMemory(MultiPartParser):
+    """Keeps files in memory: the body is bounded, and a full disk then concerns nobody."""
+
+    spool_max_size = 2**40
+
+
+async def _form(request: Request, stream: AsyncGenerator[bytes, None], max_bytes: int) -> Body:
+    try:
+        parser = _InMemory(
+            request.headers,
+            stream,
+            max_files=len(FILES),
+            max_fields=MOST_FIELDS,
+            max_part_size=max_bytes,
+        )
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise RequestError(f"the form cannot be read: {error.message}") from error
+    except (KeyError, UnicodeDecodeError) as error:
+        raise RequestError(f"the form cannot be read: {error}") from error
+    try:
+        return await _of_form(form)
+    finally:
+        await form.close()
+
+
+async def _of_form(form: FormData) -> Body:
+    values: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    for name, value in form.multi_items():
+        name = "image" if name == "image[]" else name
+        if name in values or name in files:
+            more = ": this server edits one image" if name == "image" else ""
+            raise RequestError(f"{name} is given twice{more}", name)
+        if isinstance(value, UploadFile):
+            if name not in FILES:
+                raise RequestError(f"{name} is a file; files are {' and '.join(FILES)}", name)
+            files[name] = await value.read()
+        elif name in FILES:
+            raise RequestError(f"{name} is a text; send a file", name)
+        else:
+            values[name] = value
+    return Body(values, files, is_form=True)
+
+
+async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """Yield the body; RequestError as soon as it is, or says that it is, too long."""
+    problem = RequestError(
+        f"the body is longer than {max_bytes / 2**20:g} MB, the limit of this server", status=413
+    )
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > max_bytes:
+        raise problem
+    size = 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > max_bytes:
+                raise problem
+            yield part
+    except ClientDisconnect as error:
+        raise RequestError("the client has left", status=499) from error
+
+
+def _decoded(name: str, value: object) -> bytes:
+    """The file of a JSON field: base64, or a data URL."""
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is no text; send the file in base64", name)
+    text = value.partition(",")[2] if value.startswith("data:") else value
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"{name} is no base64: {error}", name) from error
+
+
+def _refuse(constant: str) -> Mapping[str, Any]:
+    raise ValueError(f"{constant} is no number of JSON")

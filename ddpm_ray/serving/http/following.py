@@ -1,0 +1,193 @@
+"""Follow a job from an HTTP request: its events, until it has ended or the client has left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import Request
+
+from ddpm_ray.serving.job_table import JobKey, JobReport
+from ddpm_ray.serving.orders import Event, Failed, ImageOrder, JobProgress, PreviewFiles
+from ddpm_ray.serving.request_errors import RequestError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_leaving: set[asyncio.Task[None]] = set()  # asyncio itself holds no task
+POLL_S = 5.0  # a report is waited for so long; JobTable's lease is longer
+LOST_S = 0.5  # pause before a lost table is asked again
+TABLE_S = 60.0  # a table that is lost for longer is given up
+
+
+class TableLostError(Exception):
+    """The process of the job table has ended, or cannot be reached; it is started again."""
+
+
+class Jobs(Protocol):
+    """The job table of a server, in this process or another; all may raise TableLostError."""
+
+    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool) -> None:
+        """See JobTable."""
+        ...
+
+    async def report(self, key: JobKey, first: int, timeout_s: float) -> JobReport:
+        """See JobTable."""
+        ...
+
+    async def cancel(self, key: JobKey) -> None:
+        """See JobTable."""
+        ...
+
+    async def leave(self, key: JobKey) -> None:
+        """See JobTable."""
+        ...
+
+    async def file(self, secret: str, index: int) -> tuple[bytes, str]:
+        """See JobTable."""
+        ...
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The served models as JSON; empty until they are loaded."""
+        ...
+
+    async def metrics_text(self) -> str:
+        """Prometheus' text."""
+        ...
+
+
+@dataclass
+class Followed:
+    """A job that a request follows."""
+
+    jobs: Jobs
+    key: JobKey
+    order: ImageOrder | None  # None: it was submitted by another request
+    is_kept: bool
+    secret: str = ""
+    next: int = 0  # number of the first event that was not read
+    report: JobReport | None = None
+
+    async def submit(self) -> None:
+        """Begin the job, or find it. Raises RequestError."""
+        assert self.order is not None
+        order = self.order
+        await patiently(lambda: self.jobs.submit(self.key, order, self.is_kept))
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Yield all events of the job until it has ended, with progress between them.
+
+        A job whose table was lost is submitted again: it draws the same images. Raises
+        RequestError, as for a job that is not there.
+        """
+        shown = -1  # the last preview
+        reported: JobProgress | None = None
+        while True:
+            for event in await self._news():
+                if isinstance(event, PreviewFiles):
+                    if event.number <= shown:  # of a job that began again
+                        continue
+                    shown = event.number
+                yield event
+            if self.report is None:  # the job was submitted again
+                continue
+            if self.report.state not in ("queued", "running"):
+                return
+            if self.report.progress != reported:
+                reported = self.report.progress
+                yield reported
+
+    async def _news(self) -> tuple[Event, ...]:
+        try:
+            report = await self.jobs.report(self.key, self.next, POLL_S)
+        except TableLostError:
+            if self.order is None:
+                raise
+            await asyncio.sleep(LOST_S)
+            return await self._again()
+        except RequestError as error:
+            if error.status != 404 or self.order is None:
+                raise
+            return await self._again()  # the table was started again meanwhile
+        self.report, self.secret = report, report.secret
+        self.next += len(report.events)
+        return report.events
+
+    async def _again(self) -> tuple[Event, ...]:
+        """Submit it again; there are no events yet."""
+        await self.submit()
+        self.next, self.report = 0, None
+        return ()
+
+    async def first(self) -> Event:
+        """The first event, which shows whether the job was accepted. Raises its RequestError."""
+        async with contextlib.aclosing(self.events()) as events:
+            async for event in events:
+                if isinstance(event, Failed):
+                    raise event.error
+                if not isinstance(event, JobProgress):
+                    self.next = 0
+                    return event
+        raise RequestError("the job was forgotten before it began", status=500)
+
+    async def leave(self) -> None:
+        """The request no longer follows it: a job that is not kept ends.
+
+        Ray Serve cancels the calls of a cancelled request, and knows them by a context variable.
+        """
+        leaving = asyncio.get_running_loop().create_task(self._leave(), context=Context())
+        _leaving.add(leaving)
+        leaving.add_done_callback(_leaving.discard)
+        await asyncio.shield(leaving)
+
+    async def _leave(self) -> None:
+        with contextlib.suppress(RequestError, TableLostError):
+            await self.jobs.leave(self.key)
+
+
+async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """Return what `ask` returns, from a table that may be lost and started again meanwhile.
+
+    Raises RequestError, with status 503 if it does not come back.
+    """
+    until_s = asyncio.get_running_loop().time() + TABLE_S
+    while True:
+        try:
+            return await ask()
+        except TableLostError as error:
+            if asyncio.get_running_loop().time() > until_s:
+                log.error("the job table does not come back: %s", error)
+                raise RequestError(
+                    "the jobs of this server cannot be reached",
+                    status=503,
+                    headers={"Retry-After": "30"},
+                ) from error
+            await asyncio.sleep(LOST_S)
+
+
+async def unless_left(request: Request, work: Awaitable[T]) -> T:
+    """Return what `work` does; it is cancelled if the client leaves. The body has been read.
+
+    Raises RequestError with status 499, which nobody reads.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise RequestError("the client has left", status=499)
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,73 @@
+"""Routes of OpenAI's image API."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from ddpm_ray.serving.http.answers import Answer
+from ddpm_ray.serving.http.following import Followed, unless_left
+from ddpm_ray.serving.http.http_server import HttpServer, order_of
+from ddpm_ray.serving.http.schemas import request_schema
+from ddpm_ray.serving.orders import Kind
+
+ROUTES: dict[str, Kind] = {"generations": "generation", "edits": "edit", "variations": "variation"}
+
+
+def image_routes(server: HttpServer) -> APIRouter:
+    """POST /v1/images/generations, edits and variations."""
+    router = APIRouter(prefix="/v1/images")
+
+    def add(path: str, kind: Kind) -> None:
+        """Add the route of one kind of request."""
+
+        async def images(request: Request) -> Response:
+            """Draw images; the answer has them, or is a stream of events."""
+            client = server.client(request)
+            order = order_of(kind, await server.body(request), "")
+            key = client, secrets.token_hex(16)
+            followed = Followed(server.jobs, key, order, is_kept=False)
+            await followed.submit()
+            answer = Answer(kind, order.request, "", str(request.base_url))
+            if order.request.stream:
+                try:
+                    await unless_left(request, followed.first())
+                except BaseException:
+                    await followed.leave()
+                    raise
+                return await server.streamed(followed, answer)
+            try:
+                await unless_left(request, _finished(followed, answer))
+            finally:
+                await followed.leave()
+            return JSONResponse(answer.images())
+
+        schema = request_schema(kind)
+        content = {
+            "application/json": {"schema": schema},
+            "multipart/form-data": {"schema": schema},
+        }
+        router.add_api_route(
+            f"/{path}",
+            images,
+            methods=["POST"],
+            name=path,
+            openapi_extra={"requestBody": {"content": content, "required": True}},
+        )
+
+    for path, kind in ROUTES.items():
+        add(path, kind)
+    return router
+
+
+async def _finished(followed: Followed, answer: Answer) -> None:
+    """Wait for the images. Raises the RequestError of a job that has failed."""
+    async with contextlib.aclosing(followed.events()) as events:
+        async for event in events:
+            answer.note(event)
+            if (error := getattr(event, "error", None)) is not None:
+                raise error
+    answer.secret = followed.secret

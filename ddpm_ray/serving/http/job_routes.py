@@ -1,0 +1,93 @@
+"""Routes of jobs with an id, which a client may come back to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from ddpm_ray.serving.http.answers import Answer, job_fields
+from ddpm_ray.serving.http.following import Followed, patiently, unless_left
+from ddpm_ray.serving.http.http_server import HttpServer, order_of
+from ddpm_ray.serving.http.schemas import REQUESTS
+from ddpm_ray.serving.request_errors import RequestError
+
+JOB_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+MOST_WAIT_S = 300.0
+
+
+def job_routes(server: HttpServer) -> APIRouter:
+    """PUT, GET and DELETE /v1/jobs/{id}, and GET of its events."""
+    router = APIRouter(prefix="/v1/jobs")
+
+    @router.put("/{job_id}")
+    async def put(request: Request, job_id: str) -> Response:
+        """Begin a job, or come back to it: the same request has one job, and the same images."""
+        client = server.client(request)
+        if not JOB_ID.fullmatch(job_id):
+            raise RequestError("id has 1 to 128 letters, digits, and any of _ . : -", "id")
+        body = await server.body(request)
+        kind = body.values.pop("kind", "generation")
+        if kind not in REQUESTS:
+            raise RequestError(f"kind is {kind!r}; choose from {', '.join(REQUESTS)}", "kind")
+        order = order_of(kind, body, f"{client}/{job_id}", is_job=True)
+        followed = Followed(server.jobs, (client, job_id), order, is_kept=True)
+        await followed.submit()
+        answer = Answer(kind, order.request, "", str(request.base_url), is_job=True)
+        await unless_left(request, followed.first())
+        if order.request.stream:
+            return await server.streamed(followed, answer)
+        return await _job(followed, answer, job_id, 0.0, request)
+
+    @router.get("/{job_id}")
+    async def get(request: Request, job_id: str, wait: float = 0.0) -> Response:
+        """The state of a job, with its images; waits up to `wait` seconds for them."""
+        followed, answer = await found(request, job_id)
+        return await _job(followed, answer, job_id, min(max(wait, 0.0), MOST_WAIT_S), request)
+
+    @router.get("/{job_id}/events")
+    async def events(request: Request, job_id: str) -> Response:
+        """All events of a job, from its first one on, until it has ended."""
+        followed, answer = await found(request, job_id)
+        return await server.streamed(followed, answer)
+
+    @router.delete("/{job_id}")
+    async def delete(request: Request, job_id: str) -> Response:
+        """End a job before its next step; one that has ended is forgotten."""
+        key = server.client(request), job_id
+        await patiently(lambda: server.jobs.cancel(key))
+        return JSONResponse({"id": job_id, "object": "job", "status": "cancelled"})
+
+    async def found(request: Request, job_id: str) -> tuple[Followed, Answer]:
+        """A job that is there, and an answer about it."""
+        followed = server.followed(server.client(request), job_id)
+        report = await patiently(lambda: server.jobs.report(followed.key, 0, 0.0))
+        answer = Answer(
+            report.kind, report.request, report.secret, str(request.base_url), is_job=True
+        )
+        return followed, answer
+
+    return router
+
+
+async def _job(
+    followed: Followed, answer: Answer, job_id: str, wait_s: float, request: Request
+) -> Response:
+    """The state of a job, after up to `wait_s`."""
+
+    async def ended() -> None:
+        """Wait for its end."""
+        async for event in followed.events():
+            answer.note(event)
+
+    with contextlib.suppress(TimeoutError):
+        await unless_left(request, asyncio.wait_for(ended(), wait_s or None)) if wait_s else None
+    report = await patiently(lambda: followed.jobs.report(followed.key, 0, 0.0))
+    for event in report.events:
+        answer.note(event)
+    answer.secret = report.secret
+    done = report.state not in ("queued", "running")
+    return JSONResponse(job_fields(job_id, report, answer), status_code=200 if done else 202)

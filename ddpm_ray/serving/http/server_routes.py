@@ -1,0 +1,91 @@
+"""Routes of the server itself: models, tools, files, health, metrics and the web page."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib import resources
+
+from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from ddpm_ray.serving.http.following import TableLostError, patiently
+from ddpm_ray.serving.http.http_server import HttpServer
+from ddpm_ray.serving.http.schemas import chat_tools
+from ddpm_ray.serving.request_errors import RequestError
+
+PAGE = ("index.html", "page.js", "page.css")
+MEDIA = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+
+
+def model_routes(server: HttpServer) -> APIRouter:
+    """Routes of models, tools of chat models, and images of finished jobs."""
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def models(request: Request) -> Response:
+        """The models, with what they draw and take."""
+        server.client(request)
+        return JSONResponse({"object": "list", "data": await patiently(server.jobs.models)})
+
+    @router.get("/v1/tools")
+    async def tools(request: Request) -> Response:
+        """Tools for chat models: generate_image and edit_image, as JSON schemas."""
+        server.client(request)
+        return JSONResponse(chat_tools())
+
+    @router.get("/v1/files/{secret}/{name}")
+    async def file(secret: str, name: str) -> Response:
+        """An image of a finished job; whoever has its URL may read it."""
+        index, _, suffix = name.partition(".")
+        if not index.isdecimal() or len(index) > 4:
+            raise RequestError("there is no such image", status=404)
+        data, made = await patiently(lambda: server.jobs.file(secret, int(index)))
+        if suffix != made:
+            raise RequestError("there is no such image", status=404)
+        return Response(data, media_type=f"image/{made}", headers={"Cache-Control": "private"})
+
+    return router
+
+
+def page_routes(server: HttpServer) -> APIRouter:
+    """Routes of health, metrics, and the web page."""
+    router = APIRouter()
+
+    @router.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """Counts of jobs, in Prometheus' format."""
+        server.client(request)
+        return PlainTextResponse(await patiently(server.jobs.metrics_text))
+
+    @router.get("/healthz")
+    async def health() -> Response:
+        """Whether this process answers."""
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/readyz")
+    async def ready() -> Response:
+        """Whether requests are served: 200, or 503 while models are loaded."""
+        try:
+            found = await asyncio.wait_for(server.jobs.models(), 5.0)
+        except (TimeoutError, TableLostError):
+            found = []
+        state = {"status": "ready" if found else "loading"}
+        return JSONResponse(state, status_code=200 if found else 503)
+
+    @router.get("/{name}")
+    async def page(name: str) -> Response:
+        """The web page."""
+        if name not in PAGE:
+            raise HTTPException(404)
+        return _page_file(name)
+
+    router.add_api_route("/", lambda: _page_file("index.html"), include_in_schema=False)
+    return router
+
+
+def _page_file(name: str) -> Response:
+    text = resources.files("ddpm_ray.serving.http").joinpath("page", name).read_text("utf-8")
+    policy = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+    return Response(text, media_type=MEDIA[name.rpartition(".")[2]], headers=headers)

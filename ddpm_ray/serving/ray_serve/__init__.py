@@ -1,0 +1,1 @@
+"""A server on Ray Serve: processes that draw, the job table, and the HTTP interface."""

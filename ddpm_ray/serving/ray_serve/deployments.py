@@ -1,0 +1,203 @@
+"""Classes that run in the processes of a server.
+
+- `Painter`: models with their engines, on a GPU; as many processes as the work needs
+- `Table`: the job table, in one process
+- `Api`: the HTTP interface, behind Ray Serve's proxies
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray.serve.handle import DeploymentHandle
+
+from ddpm_ray.config.jobs.serve import ServeConfig
+from ddpm_ray.serving.http.access import Access
+from ddpm_ray.serving.http.app import build_app
+from ddpm_ray.serving.http.http_server import HttpSettings
+from ddpm_ray.serving.job_table import JobKey, JobTable, TableSettings
+from ddpm_ray.serving.limits import TokenBucket
+from ddpm_ray.serving.orders import Event, ImageOrder, WorkerLostError
+from ddpm_ray.serving.ray_serve.autoscaling import QUEUED_S
+from ddpm_ray.serving.ray_serve.handles import RemoteDraw, RemoteJobs
+from ddpm_ray.serving.request_errors import RequestError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+MB = 2**20
+SWEEP_S = 5.0  # between two looks for jobs that nobody reads
+MODELS_S = 5.0  # the list of models is asked for so often
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServerSetup:
+    """All that the processes of a server need."""
+
+    config: ServeConfig
+    uris: Mapping[str, str]  # of the models, by name; folders are absolute
+    clients: Mapping[str, str]  # name -> sha256 of the token
+    home: str  # folder of the job, for the default tracking URI
+    tracking_uri: str
+
+
+class Painter:
+    """Draws: a process with all models."""
+
+    def __init__(self, setup: ServerSetup) -> None:
+        start_log()
+        self._setup = setup
+        import torch  # heavy, and other processes need none of it
+
+        from ddpm_ray.serving.ray_serve.painting import painter_models, painter_service
+        from ddpm_ray.serving.worker import Worker
+
+        torch.set_num_threads(max(1, round(setup.config.replicas.cpus)))
+        self._models = painter_models(setup)
+        self._worker = Worker(painter_service(setup.config, self._models))
+        self._looked_s = time.monotonic()
+        self._looking: asyncio.Task[list[str]] | None = None
+
+    async def draw(
+        self, order: ImageOrder, source: str, affordable: float
+    ) -> AsyncGenerator[Event | WorkerLostError, None]:
+        """See Worker; a WorkerLostError is yielded, since Ray would raise another class."""
+        try:
+            async for event in self._worker.draw(order, source, affordable):
+                yield event
+        except WorkerLostError as error:
+            yield error
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The served models, as JSON."""
+        return [one.facts for one in self._models.current]
+
+    async def check_health(self) -> None:
+        """Raise RuntimeError where a network call does not end: Ray Serve replaces the process.
+
+        Ray Serve calls this every few seconds, so the registry is looked at from here.
+        """
+        limit_s = self._setup.config.replicas.stall_timeout_s
+        for one in self._models.current:
+            if (stalled_s := one.engine.busy_s) > limit_s:
+                raise RuntimeError(
+                    f"a network call of {one.name} has run for {stalled_s:.0f} s, more than "
+                    f"replicas.stall_timeout_s={limit_s:g}"
+                )
+        done = self._looking is None or self._looking.done()
+        if done and time.monotonic() - self._looked_s > self._setup.config.registry_every_s:
+            self._looked_s = time.monotonic()
+            self._looking = asyncio.create_task(asyncio.to_thread(self._models.refresh))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Seconds of accepted work, for QueuePolicy."""
+        seconds = 0.0
+        for one in self._models.current:
+            rows, rate = one.engine.load
+            seconds += rows / rate if rate else 0.0
+        return {QUEUED_S: seconds}
+
+
+class Table:
+    """The job table of the server. RequestErrors are returned: see RemoteJobs."""
+
+    def __init__(self, setup: ServerSetup, painters: DeploymentHandle) -> None:
+        start_log()
+        limits = setup.config.limits
+        per_s, burst_s = limits.client_megapixels_per_s, limits.client_burst_s
+        buckets = {}
+        if per_s:
+            names = setup.clients or {"local": ""}
+            buckets = {name: TokenBucket(per_s, per_s * burst_s) for name in names}
+        settings = TableSettings(kept_s=limits.kept_s, kept_bytes=round(limits.kept_mb * MB))
+        self._table = JobTable(RemoteDraw(painters), settings, buckets)
+        self._painters = painters
+        self._models: list[dict[str, Any]] = []
+        self._asked_s = 0.0
+        self._sweeping: asyncio.Task[None] | None = None
+
+    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool) -> Any:
+        """See JobTable."""
+        self._sweeping = self._sweeping or asyncio.create_task(self._sweep())
+        return await _returned(self._table.submit(key, order, is_kept))
+
+    async def report(self, key: JobKey, first: int, timeout_s: float) -> Any:
+        """See JobTable."""
+        return await _returned(self._table.report(key, first, timeout_s))
+
+    async def cancel(self, key: JobKey) -> Any:
+        """See JobTable."""
+        return await _returned(self._table.cancel(key))
+
+    async def leave(self, key: JobKey) -> None:
+        """See JobTable."""
+        await self._table.leave(key)
+
+    async def file(self, secret: str, index: int) -> Any:
+        """See JobTable."""
+
+        async def found() -> tuple[bytes, str]:
+            """The file."""
+            return self._table.file(secret, index)
+
+        return await _returned(found())
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The models that are served now."""
+        if time.monotonic() - self._asked_s > MODELS_S or not self._models:
+            self._models = await self._painters.models.remote()
+            self._asked_s = time.monotonic()
+        return self._models
+
+    async def metrics_text(self) -> str:
+        """Prometheus' text."""
+        return self._table.metrics.text()
+
+    async def drain(self, timeout_s: float) -> int:
+        """See JobTable."""
+        return await self._table.drain(timeout_s)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._table.sweep()
+
+
+class Api:
+    """The HTTP interface; Ray Serve asks for its application."""
+
+    def __init__(self, setup: ServerSetup, table: DeploymentHandle) -> None:
+        start_log()
+        self._jobs = RemoteJobs(table)
+        limits = setup.config.limits
+        self._settings = HttpSettings(Access(setup.clients), round(limits.max_body_mb * MB))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # the name is Ray Serve's
+        """The application."""
+        return build_app(self._jobs, self._settings)
+
+
+async def _returned(work: Awaitable[Any]) -> Any:
+    """Return what `work` returns, or the RequestError that it raises."""
+    try:
+        return await work
+    except RequestError as error:
+        return error
+
+
+def start_log() -> None:
+    """Log our messages on stderr, which Ray sends to the job."""
+    own = logging.getLogger("ddpm_ray")
+    if not own.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        own.addHandler(handler)
+        own.setLevel(logging.INFO)

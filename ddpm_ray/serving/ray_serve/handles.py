@@ -1,0 +1,101 @@
+"""The job table and the processes that draw, called in other processes by Ray Serve's handles."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, TypeVar
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from ddpm_ray.serving.http.following import TableLostError
+from ddpm_ray.serving.job_table import JobKey, JobReport
+from ddpm_ray.serving.orders import Event, ImageOrder, WorkerLostError
+from ddpm_ray.serving.request_errors import RequestError
+
+T = TypeVar("T")
+
+
+class RemoteJobs:
+    """The job table of another process, as `Jobs`.
+
+    That process returns RequestErrors, which are raised here: an error that Ray raises is of
+    another class, and has a traceback as its text.
+    """
+
+    def __init__(self, table: DeploymentHandle) -> None:
+        self._table = table
+
+    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool) -> None:
+        """See JobTable."""
+        await self._ask("submit", key, order, is_kept)
+
+    async def report(self, key: JobKey, first: int, timeout_s: float) -> JobReport:
+        """See JobTable."""
+        found: JobReport = await self._ask("report", key, first, timeout_s)
+        return found
+
+    async def cancel(self, key: JobKey) -> None:
+        """See JobTable."""
+        await self._ask("cancel", key)
+
+    async def leave(self, key: JobKey) -> None:
+        """See JobTable."""
+        await self._ask("leave", key)
+
+    async def file(self, secret: str, index: int) -> tuple[bytes, str]:
+        """See JobTable."""
+        found: tuple[bytes, str] = await self._ask("file", secret, index)
+        return found
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The served models as JSON."""
+        found: list[dict[str, Any]] = await self._ask("models")
+        return found
+
+    async def metrics_text(self) -> str:
+        """Prometheus' text."""
+        found: str = await self._ask("metrics_text")
+        return found
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            found = await getattr(self._table, method).remote(*arguments)
+        except RayTaskError:
+            raise
+        except (RayError, RayServeException) as error:
+            raise TableLostError(_first_line(error)) from error
+        if isinstance(found, RequestError):
+            raise found
+        return found
+
+
+class RemoteDraw:
+    """Runs orders in the processes of a deployment, as `Draw`."""
+
+    def __init__(self, workers: DeploymentHandle) -> None:
+        self._workers = workers.options(stream=True)
+
+    async def __call__(
+        self, order: ImageOrder, source: str, affordable: float
+    ) -> AsyncGenerator[Event, None]:
+        """Yield the events of an order; raises WorkerLostError."""
+        events = self._workers.draw.remote(order, source, affordable)
+        try:
+            async for event in events:
+                if isinstance(event, WorkerLostError):
+                    raise event
+                yield event
+        except RayTaskError:
+            raise
+        except (RayError, RayServeException) as error:
+            raise WorkerLostError(_first_line(error)) from error
+        finally:
+            events.cancel()
+
+
+def _first_line(error: Exception) -> str:
+    """The reason of an error of Ray, whose texts go on with advice of many lines."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"[:300]

@@ -1,0 +1,213 @@
+"""The job serve on a Ray of its own: killed processes, clients that come back, and its end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import requests
+
+from tests.limits import ENDS_S, JOB_S
+from tests.noise import pack_noise
+from tests.test_cascade_job import trained
+from tests.training.test_loop import TINY_UNET
+
+pytestmark = pytest.mark.xdist_group("Ray or MLflow")  # one cluster at a time
+SERVE = Path(__file__).parents[2] / "jobs" / "serve.py"
+LONG = {"steps": 1000, "n": 4, "seed": 5}
+
+
+class Served(NamedTuple):
+    """A server that runs."""
+
+    url: str
+    process: subprocess.Popen[str]
+    said: list[str]  # lines of stderr
+
+    def processes(self, deployment: str) -> list[int]:
+        """Ids of the processes of a deployment."""
+        mine = psutil.Process(self.process.pid).children(recursive=True)
+        return [one.pid for one in mine if f"ServeReplica:ddpm-ray:{deployment}" in name_of(one)]
+
+    def put(self, job: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Submit a job, as a client does that goes on until it is there."""
+        return self._until_ok(lambda: requests.put(f"{self.url}v1/jobs/{job}", json=fields))
+
+    def wait(self, job: str) -> dict[str, Any]:
+        """A job that has ended."""
+        place = f"{self.url}v1/jobs/{job}?wait=20"
+        while (found := self._until_ok(lambda: requests.get(place)))["status"] in OPEN:
+            pass
+        return found
+
+    def _until_ok(self, ask: Callable[[], requests.Response]) -> dict[str, Any]:
+        until_s = time.monotonic() + ENDS_S
+        while True:
+            try:
+                answer = ask()
+                if answer.status_code in (200, 202):
+                    found: dict[str, Any] = answer.json()
+                    return found
+                problem = answer.text
+            except requests.ConnectionError as error:
+                problem = str(error)
+            assert time.monotonic() < until_s, problem
+            threading.Event().wait(0.2)
+
+
+OPEN = ("queued", "running")
+
+
+def name_of(process: psutil.Process) -> str:
+    """The title of a process; empty for one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def images(found: dict[str, Any]) -> list[str]:
+    assert found["status"] == "succeeded", found
+    return [one["b64_json"] for one in found["data"]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("serve")
+    pack_noise(str(root / "data"), 8, 4)
+    trained(root / "digits", str(root / "data"), *TINY_UNET, "schedule.num_steps=1000")
+    return root / "digits"
+
+
+@pytest.fixture
+def start(run: Path) -> Iterator[Callable[..., Served]]:
+    """Start a server with these options, and wait until it is ready."""
+    started: list[subprocess.Popen[str]] = []
+
+    def make(*options: str) -> Served:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        words = [sys.executable, str(SERVE), str(run), f"port={port}", *options]
+        process = subprocess.Popen(
+            words,
+            cwd=run.parent,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        said: list[str] = []
+        ready = threading.Event()
+
+        def read() -> None:
+            """Note what it says, to its end."""
+            assert process.stderr is not None
+            for line in process.stderr:
+                said.append(line)
+                if "is ready, for" in line:
+                    ready.set()
+            ready.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        assert ready.wait(JOB_S)
+        assert process.poll() is None, "".join(said)
+        return Served(f"http://127.0.0.1:{port}/", process, said)
+
+    yield make
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def kill(served: Served, deployment: str) -> None:
+    """Kill one process of a deployment, once there is one."""
+    until_s = time.monotonic() + ENDS_S
+    while not (found := served.processes(deployment)):
+        assert time.monotonic() < until_s
+        threading.Event().wait(0.1)
+    os.kill(found[0], signal.SIGKILL)
+
+
+def test_killed_processes_lose_no_job_and_a_signal_drains(
+    start: Callable[..., Served],
+) -> None:
+    """A painter and then the table are killed while a client waits and another has left."""
+    served = start()
+    assert requests.get(f"{served.url}readyz", timeout=ENDS_S).status_code == 200
+    undisturbed = images(served.wait(served.put("first", LONG)["id"]))
+    for victim in ("painter", "table"):
+        served.put(f"job-{victim}", LONG)
+        waiting: list[requests.Response] = []
+
+        def wait(waiting: list[requests.Response] = waiting) -> None:
+            """Wait for images in one request."""
+            place = f"{served.url}v1/images/generations"
+            waiting.append(requests.post(place, json=LONG, timeout=ENDS_S))
+
+        client = threading.Thread(target=wait)
+        client.start()
+        threading.Event().wait(0.3)
+        kill(served, victim)
+        client.join(ENDS_S)
+        (answer,) = waiting
+        assert answer.status_code == 200, answer.text
+        assert [one["b64_json"] for one in answer.json()["data"]] == undisturbed
+        served.put(f"job-{victim}", LONG)  # a client that comes back
+        assert images(served.wait(f"job-{victim}")) == undisturbed
+    served.put("last", LONG)
+    served.process.send_signal(signal.SIGTERM)
+    out, _ = served.process.communicate(timeout=JOB_S)
+    assert served.process.returncode == 0, "".join(served.said)
+    result = json.loads(out.splitlines()[-1])
+    assert result["jobs_cut_off"] == 0
+    assert list(result["models"]) == ["digits"]
+    assert "no more jobs are taken; waiting for those that run\n" in served.said
+
+
+@pytest.mark.slow
+def test_twenty_kills_under_load_change_no_image(start: Callable[..., Served]) -> None:
+    served = start("replicas.min=2", "replicas.max=2", "replicas.cpus=0.5")
+    seeds = range(6)
+    fields = [{**LONG, "seed": seed} for seed in seeds]
+    wanted = [images(served.wait(served.put(f"alone-{n}", fields[n])["id"])) for n in seeds]
+    killed, ended = 0, threading.Event()
+    wrong: list[str] = []
+
+    def client(number: int) -> None:
+        """Submit one job after the other, until all kills are done."""
+        turn = 0
+        while not ended.is_set():
+            job, turn = f"load-{number}-{turn}", turn + 1
+            served.put(job, fields[number])
+            if images(served.wait(job)) != wanted[number]:
+                wrong.append(job)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in seeds]
+    for one in clients:
+        one.start()
+    try:
+        while killed < 20:
+            kill(served, "painter")
+            killed += 1
+            threading.Event().wait(6.0)  # the load goes on between two kills
+    finally:
+        ended.set()
+        for one in clients:
+            one.join(JOB_S)
+    assert not wrong
+    text = requests.get(f"{served.url}metrics", timeout=ENDS_S).text
+    counts = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(counts["ddpm_ray_restarted_jobs_total"]) > 0
+    assert not [key for key in counts if 'state="failed"' in key and "ended_jobs_total" in key]
