@@ -1,1 +1,1006 @@
+// The web page of a server: draws and edits images by its jobs, /v1/jobs/{id}.
+// Nothing is stored but a token, in the storage of the tab.
 
+const PREVIEWS = 3;
+const SILENT_S = 40; // the server writes a comment every 15 s; a longer silence is a lost connection
+const RETRY_S = [0.5, 1, 2, 4, 8]; // pauses before a lost connection is tried again
+const MOST_ENTRIES = 100; // of the history
+const MOST_MARGIN = 2048; // pixels
+const LARGE = 4; // a picture of more times the model's size is scaled down unless asked otherwise
+const MASK_COLOUR = [235, 0, 110, 150];
+const BRUSH_COLOUR = [255, 255, 255, 130];
+const SAMPLERS = {
+  ddim: "DDIM",
+  ancestral: "Ancestral (DDPM)",
+  dpm_solver_pp: "DPM-Solver++",
+  dpm_solver_pp_sde: "DPM-Solver++ SDE",
+  unipc: "UniPC",
+  heun: "Heun",
+  plms: "PLMS",
+};
+const FIELDS = [
+  "prompt", "negative_prompt", "labels", "strength", "n", "seed", "steps", "guidance_scale",
+  "sampler",
+];
+
+const find = (selector) => document.querySelector(selector);
+const form = find("#settings");
+let models = [];
+
+// ---------------------------------------------------------------------------------------- elements
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+/** Have screen readers say a text. */
+function announce(text) {
+  find("#live").textContent = text;
+}
+
+/** Show a message above everything, or none; `offersToken`: with a button to enter a token. */
+function notify(text, offersToken = false) {
+  const notice = find("#notice");
+  notice.hidden = !text;
+  notice.firstElementChild.textContent = text;
+  notice.lastElementChild.hidden = !offersToken;
+}
+
+const kind = () => form.elements.kind.value;
+const model = () => models.find((one) => one.id === find("#model").value) ?? models[0];
+const field = (name) => find(`.field[data-field="${name}"]`);
+const isShown = (node) => node !== null && node.offsetParent !== null;
+
+// ------------------------------------------------------------------------------------------ errors
+
+/** Show an error of the API next to the field that it names, or else at the Generate button. */
+function showError(error) {
+  const named = field(error.param ?? "other");
+  const at = isShown(named) ? named : field("other");
+  const input = at.querySelector("input, select, textarea");
+  const text = element("p", { className: "error", id: `error-${at.dataset.field}` }, error.message);
+  text.setAttribute("role", "alert");
+  at.append(text);
+  if (input !== null) {
+    input.setAttribute("aria-invalid", "true");
+    input.setAttribute("aria-describedby", text.id);
+    input.focus();
+  }
+  text.scrollIntoView({ block: "nearest" });
+}
+
+function clearErrors() {
+  for (const text of document.querySelectorAll(".field > .error")) text.remove();
+  for (const input of document.querySelectorAll("[aria-invalid]")) {
+    input.removeAttribute("aria-invalid");
+    input.removeAttribute("aria-describedby");
+  }
+}
+
+// --------------------------------------------------------------------------------------------- API
+
+class ApiError extends Error {
+  constructor(message, param, status, code) {
+    super(message);
+    Object.assign(this, { param, status, code });
+  }
+
+  /** Whether the same request may succeed later. */
+  get isPassing() {
+    return [502, 503, 504].includes(this.status);
+  }
+}
+
+/** Fetch a path of the server; asks for a token where one is needed. Throws ApiError. */
+async function call(method, path, { body, signal, keepalive = false } = {}) {
+  for (;;) {
+    const token = sessionStorage.getItem("token");
+    const headers = token ? { Authorization: `Bearer ${token}` } : {};
+    const response = await fetch(path, {
+      method, body, signal, keepalive, headers, cache: "no-store",
+    });
+    if (response.ok) return response;
+    if (response.status === 401) {
+      await askToken(token);
+      continue;
+    }
+    const found = await response.json().catch(() => ({}));
+    const { message, param, code } = found.error ?? {};
+    const text = message ?? `The server answers with status ${response.status}.`;
+    throw new ApiError(text, param, response.status, code);
+  }
+}
+
+let asking = null;
+
+/** Wait until a token other than the refused one is entered. Throws ApiError if none is. */
+function askToken(refused) {
+  if ((sessionStorage.getItem("token") ?? "") !== (refused ?? "")) return Promise.resolve();
+  asking ??= new Promise((resolve, reject) => {
+    const dialog = find("#token-dialog");
+    const input = find("#token");
+    find("#token-error").hidden = !refused;
+    input.value = "";
+    dialog.returnValue = "";
+    dialog.showModal();
+    dialog.addEventListener("close", () => {
+      asking = null;
+      if (input.value.trim()) {
+        sessionStorage.setItem("token", input.value.trim());
+        resolve();
+      } else {
+        reject(new ApiError("This server needs a token.", null, 401));
+      }
+    }, { once: true });
+  });
+  return asking;
+}
+
+/** Yield the JSON of server-sent events; `onData` is called whenever something comes. */
+async function* serverEvents(response, onData) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    onData();
+    const parts = (text + value).split("\n\n");
+    text = parts.pop();
+    for (const part of parts) {
+      const data = part.split("\n").filter((line) => line.startsWith("data: "));
+      if (data.length) yield JSON.parse(data.map((line) => line.slice(6)).join("\n"));
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------- jobs
+
+let running = null; // the Job that has not ended
+
+class Job {
+  constructor(body, settings, source, count) {
+    Object.assign(this, { body, settings, source, count });
+    this.id = [...crypto.getRandomValues(new Uint8Array(16))]
+      .map((byte) => byte.toString(16).padStart(2, "0")).join("");
+    this.path = `v1/jobs/${this.id}`;
+    this.begun = performance.now();
+    this.images = []; // {url, facts} by index
+    this.shown = -1; // the last preview
+    this.rows = null; // of network calls
+    this.share = 0; // of them that are known to be computed
+    this.isCancelled = false;
+    this.ending = new AbortController(); // aborted when it is cancelled
+  }
+
+  get isDone() {
+    return this.images.filter(Boolean).length === this.count;
+  }
+
+  /** Do `act` until it succeeds, with pauses while the server cannot be reached. */
+  async patiently(act) {
+    for (let tries = 0; !this.isCancelled; tries += 1) {
+      try {
+        return await act(() => { tries = 0; });
+      } catch (error) {
+        if (this.isCancelled) return undefined;
+        if (error instanceof ApiError && !error.isPassing) throw error;
+        showProgress(this, "Connection lost. Trying again\u2026");
+        await this.pause(RETRY_S[Math.min(tries, RETRY_S.length - 1)]);
+      }
+    }
+    return undefined;
+  }
+
+  pause(seconds) {
+    return new Promise((resolve) => {
+      const timer = setTimeout(resolve, seconds * 1000);
+      this.ending.signal.addEventListener("abort", () => {
+        clearTimeout(timer);
+        resolve();
+      });
+    });
+  }
+
+  /** Begin the job on the server, or find it: its images are the same. */
+  async submit() {
+    const signal = AbortSignal.timeout(60_000);
+    const response = await call("PUT", this.path, { body: this.body, signal });
+    this.rows = (await response.json()).rows;
+  }
+
+  /** Read the events of the job until it has ended or the connection is lost. */
+  async follow(onEvent) {
+    const silence = new AbortController();
+    let timer = null;
+    const heard = () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => silence.abort(), SILENT_S * 1000);
+    };
+    heard();
+    const signal = AbortSignal.any([silence.signal, this.ending.signal]);
+    try {
+      const response = await call("GET", `${this.path}/events`, { signal });
+      for await (const event of serverEvents(response, heard)) {
+        onEvent();
+        await this.take(event);
+        if (this.isDone) return;
+      }
+    } finally {
+      clearTimeout(timer);
+    }
+    throw new TypeError("the stream has ended before the job");
+  }
+
+  async take(event) {
+    if (event.type === "error") {
+      const { message, param, code } = event.error;
+      // The server may have lost the job, and then takes it again: 404 if so.
+      const state = await (await call("GET", this.path)).json();
+      if (state.error) throw new ApiError(message, param, 500, code);
+    } else if (event.type === "progress") {
+      showProgress(this, null, event);
+    } else if (event.type.endsWith(".partial_image")) {
+      if (event.partial_image_index >= this.shown) showPreview(this, event);
+      this.shown = event.partial_image_index;
+    } else if (event.type.endsWith(".completed")) {
+      const url = `data:image/${event.output_format};base64,${event.b64_json}`;
+      this.images[event.index] = { url, facts: event.ddpm_ray };
+    }
+  }
+
+  /** Have the images drawn, whatever happens to the connection. Throws ApiError. */
+  async run() {
+    await this.patiently(() => this.submit());
+    while (!this.isDone && !this.isCancelled) {
+      try {
+        await this.patiently((onEvent) => this.follow(onEvent));
+      } catch (error) {
+        if (error.status !== 404) throw error;
+        await this.patiently(() => this.submit());
+      }
+    }
+    if (this.isCancelled) await call("DELETE", this.path);
+  }
+
+  cancel() {
+    this.isCancelled = true;
+    this.ending.abort();
+  }
+}
+
+/** Draw what the form says. */
+async function generate() {
+  clearErrors();
+  if (running !== null || !models.length) return;
+  let job;
+  try {
+    job = await newJob();
+  } catch (error) {
+    showError(error);
+    return;
+  }
+  running = job;
+  showRunning(job);
+  try {
+    await job.run();
+    if (job.isCancelled) announce("Cancelled");
+    else finish(job);
+  } catch (error) {
+    if (!job.isCancelled) showError(error);
+  } finally {
+    running = null;
+    showRunning(null);
+  }
+}
+
+/** The job of the form. Throws an error with the field that is wrong. */
+async function newJob() {
+  const settings = formSettings();
+  const body = new FormData();
+  body.set("kind", settings.kind);
+  body.set("model", settings.model);
+  body.set("partial_images", PREVIEWS);
+  for (const name of FIELDS) {
+    const value = settings[name];
+    if (!isShown(field(name)) || value === "") continue;
+    body.set(name, name === "labels" ? `[${value}]` : value);
+  }
+  const source = settings.kind === "generation" ? null : editor.snapshot();
+  if (settings.kind !== "generation") await editor.addFiles(body);
+  return new Job(body, settings, source, Number(settings.n) || 1);
+}
+
+/** The texts of all fields, by name. */
+function formSettings() {
+  const settings = { kind: kind(), model: model().id };
+  for (const name of FIELDS) {
+    const input = form.elements[name];
+    if (input.validity.badInput) {
+      throw new ApiError("Give a number.", name);
+    }
+    settings[name] = input.value.trim();
+  }
+  return settings;
+}
+
+// ------------------------------------------------------------------------------------------ result
+
+function showRunning(job) {
+  const cancel = find("#cancel");
+  if (job === null && document.activeElement === cancel) find("#generate").focus();
+  find("#running").hidden = job === null;
+  find("#generate").setAttribute("aria-disabled", job !== null);
+  find("#result").setAttribute("aria-busy", job !== null);
+  cancel.disabled = false;
+  if (job === null) {
+    if (find("#images figure.preview")) find("#images").replaceChildren(emptyText());
+    return;
+  }
+  const blank = Array.from({ length: Math.min(job.count, 10) }, () => figure(null, ""));
+  find("#images").replaceChildren(...blank);
+  find("#facts").hidden = true;
+  showProgress(job, "Sending\u2026");
+  announce("Started");
+  find("#result").scrollIntoView({ block: "nearest", behavior: "smooth" });
+}
+
+const emptyText = () => element("p", { className: "empty muted" }, "Your images appear here.");
+
+/** Show how far a job is: a text, or an event of the server. */
+function showProgress(job, text, event = null) {
+  const bar = find("#progress");
+  if (event === null) {
+    bar.removeAttribute("value");
+    find("#running-text").textContent = text;
+    return;
+  }
+  const time = event.seconds_left === null ? "" : ` \u00b7 about ${duration(event.seconds_left)} left`;
+  if (event.place === 0 && job.rows) {
+    job.share = Math.min(1, Math.max(job.share, event.computed_rows / job.rows));
+    bar.value = job.share;
+    find("#running-text").textContent = `${Math.round(job.share * 100)} %${time}`;
+  } else {
+    bar.removeAttribute("value");
+    const place = event.place > 1 ? `Place ${event.place} in the queue` : "Next in the queue";
+    find("#running-text").textContent = place + time;
+  }
+}
+
+function duration(seconds) {
+  const whole = Math.max(1, Math.ceil(seconds));
+  return whole < 90 ? `${whole} s` : `${Math.round(whole / 60)} min`;
+}
+
+/** A figure of an image, with nothing in it yet if `url` is null. */
+function figure(url, alt) {
+  const made = element("figure", { className: url === null ? "preview" : "" });
+  made.append(url === null ? element("div", { className: "blank" }) : picture(url, alt));
+  if (url === null) made.firstElementChild.style.aspectRatio = ratio(pictureSize());
+  return made;
+}
+
+const ratio = ({ width, height }) => `${width} / ${height}`;
+
+/** The size of the images that are drawn. */
+function pictureSize() {
+  const [width, height] = model().size.split("x").map(Number);
+  return kind() === "edit" && editor.source ? editor.size() : { width, height };
+}
+
+function picture(url, alt) {
+  const image = element("img", { src: url, alt });
+  image.addEventListener("load", () => {
+    image.classList.toggle("pixels", image.naturalWidth < 256);
+  }, { once: true });
+  return image;
+}
+
+function showPreview(job, event) {
+  const at = find("#images").children[event.index];
+  if (!at) return;
+  const url = `data:image/png;base64,${event.b64_json}`;
+  const text = `Preview ${event.partial_image_index + 1} of ${PREVIEWS}`;
+  at.replaceChildren(picture(url, text));
+  if (event.index > 0) return;
+  announce(text);
+  const computed_rows = (job.rows * event.partial_image_index) / PREVIEWS;
+  showProgress(job, null, { place: 0, seconds_left: null, computed_rows });
+}
+
+function finish(job) {
+  const seconds = (performance.now() - job.begun) / 1000;
+  const entries = job.images.map((image, index) => ({ ...image, index, job }));
+  find("#running").hidden = true;
+  find("#images").replaceChildren(...entries.map(resultFigure));
+  showFacts(job, seconds);
+  addHistory(entries);
+  announce(entries.length === 1 ? "Finished: 1 image" : `Finished: ${entries.length} images`);
+}
+
+function resultFigure(entry) {
+  const number = entry.job.count > 1 ? ` ${entry.index + 1}` : "";
+  const made = figure(entry.url, `Image${number}: ${title(entry)}`);
+  const buttons = element("figcaption", { className: "row" }, downloadLink(entry));
+  for (const [wanted, text] of [["edit", "Edit"], ["variation", "Variations"]]) {
+    if (!kindsOf(model()).includes(wanted)) continue;
+    const button = element("button", { type: "button" }, text);
+    button.setAttribute("aria-label", `${text} of image${number}`);
+    if (wanted === "edit") button.setAttribute("aria-label", `Edit image${number}`);
+    button.addEventListener("click", () => editImage(entry, wanted));
+    buttons.append(button);
+  }
+  made.append(buttons);
+  return made;
+}
+
+function downloadLink(entry) {
+  const name = `${entry.facts.model}-${entry.facts.seed}-${entry.index}.png`;
+  const link = element("a", { href: entry.url, download: name, className: "button" }, "Download");
+  link.setAttribute("aria-label", `Download ${name}`);
+  return link;
+}
+
+/** A short description of an image. */
+function title(entry) {
+  const { prompt, labels, kind: made } = entry.job.settings;
+  const label = labels === "" ? "" : labelName(Number(labels), entry.job.settings.model);
+  const kinds = { generation: "", edit: "Edit", variation: "Variation" };
+  const words = [kinds[made], prompt, label].filter(Boolean).join(" \u00b7 ");
+  return `${words || "Image"} \u00b7 seed ${entry.facts.seed}`;
+}
+
+function showFacts(job, seconds) {
+  const { settings, images } = job;
+  const seed = images[0].facts.seed;
+  const used = models.find((one) => one.id === settings.model) ?? model();
+  const parts = [`Seed ${seed}`, `${settings.steps || used.steps} steps`];
+  if (settings.sampler) parts.push(SAMPLERS[settings.sampler] ?? settings.sampler);
+  if (settings.guidance_scale) parts.push(`guidance ${settings.guidance_scale}`);
+  if (seconds !== null) parts.push(`${seconds.toFixed(1)}\u00a0s`);
+  find("#facts p").textContent = parts.join(" \u00b7 ");
+  find("#use-seed").onclick = () => {
+    form.elements.seed.value = seed;
+    form.elements.seed.focus();
+  };
+  find("#facts").hidden = false;
+}
+
+/** Make an image the picture of the editor. */
+async function editImage(entry, wanted) {
+  form.elements.kind.value = wanted;
+  showFields();
+  await editor.open(await imageBlob(entry.url), "drawn image");
+  find("#editor").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  find(wanted === "edit" ? "#canvas" : "#generate").focus({ preventScroll: true });
+}
+
+async function imageBlob(url) {
+  const text = atob(url.slice(url.indexOf(",") + 1));
+  const type = url.slice(5, url.indexOf(";"));
+  return new Blob([Uint8Array.from(text, (letter) => letter.charCodeAt(0))], { type });
+}
+
+// ----------------------------------------------------------------------------------------- history
+
+function addHistory(entries) {
+  const list = find("#entries");
+  for (const entry of entries) {
+    const text = title(entry);
+    const image = picture(entry.url, "");
+    const button = element("button", { type: "button", title: text }, image);
+    button.setAttribute("aria-label", `Use settings: ${text}`);
+    button.addEventListener("click", () => takeOver(entry));
+    const caption = element("span", { className: "caption muted" }, text);
+    list.prepend(element("li", {}, button, caption, downloadLink(entry)));
+  }
+  while (list.children.length > MOST_ENTRIES) list.lastElementChild.remove();
+  find("#history").hidden = false;
+}
+
+/** Take over the settings of an image of the history, and show it. */
+function takeOver(entry) {
+  const { settings, source } = entry.job;
+  clearErrors();
+  if (models.some((one) => one.id === settings.model)) find("#model").value = settings.model;
+  showModel();
+  form.elements.kind.value = settings.kind;
+  for (const name of FIELDS) form.elements[name].value = settings[name];
+  form.elements.seed.value = entry.facts.seed;
+  if (source !== null) editor.restore(source);
+  showFields();
+  if (running === null) {
+    find("#images").replaceChildren(resultFigure(entry));
+    showFacts(entry.job, null);
+  }
+  announce("Settings taken over");
+}
+
+// ------------------------------------------------------------------------------------------ editor
+
+/** The picture that is edited: its mask and its margins. */
+const editor = {
+  source: null, // {blob, bitmap, canvas, isWhole, mask, margins, scale}
+  cursor: null, // {x, y} in pixels of the picture
+  isPainting: false,
+
+  /** Open an image file. */
+  async open(blob, name) {
+    clearErrors();
+    try {
+      const how = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
+      const bitmap = await createImageBitmap(blob, how);
+      const margins = { left: 0, top: 0, right: 0, bottom: 0 };
+      this.source = { blob, bitmap, margins };
+      const [width, height] = this.modelSize();
+      const isLarge = bitmap.width > LARGE * width || bitmap.height > LARGE * height;
+      this.render(isLarge ? "fit" : "whole");
+    } catch {
+      showError(new ApiError(`${name || "The file"} is not an image that can be read.`, "image"));
+    }
+    showFields();
+  },
+
+  modelSize() {
+    return model().size.split("x").map(Number);
+  },
+
+  /** Draw the picture at a scale: "whole", or "fit" for the model's size; the mask is emptied. */
+  render(scale) {
+    const { bitmap } = this.source;
+    const [width, height] = scale === "fit" ? this.fitSize() : [bitmap.width, bitmap.height];
+    const canvas = element("canvas", { width, height });
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.imageSmoothingQuality = "high";
+    context.drawImage(bitmap, 0, 0, width, height);
+    const { data } = context.getImageData(0, 0, width, height);
+    const mask = new Uint8Array(width * height);
+    let isOpaque = true;
+    for (let at = 0; at < mask.length; at += 1) {
+      mask[at] = data[4 * at + 3] === 0 ? 1 : 0;
+      isOpaque &&= data[4 * at + 3] === 255;
+    }
+    context.globalCompositeOperation = "destination-over"; // as the server does: on white
+    context.fillStyle = "#fff";
+    context.fillRect(0, 0, width, height);
+    Object.assign(this.source, { canvas, mask, scale, isWhole: scale === "whole" && isOpaque });
+    const side = Math.min(width, height);
+    const brush = find("#brush-size");
+    brush.max = Math.max(2, Math.round(side / 2));
+    brush.value = Math.max(1, Math.round(side / 8));
+    this.showBrush();
+    this.cursor = null;
+  },
+
+  /** The size at which the shorter side has the model's. */
+  fitSize() {
+    const { bitmap } = this.source;
+    const [width, height] = this.modelSize();
+    const scale = Math.max(width / bitmap.width, height / bitmap.height);
+    return [Math.round(bitmap.width * scale), Math.round(bitmap.height * scale)];
+  },
+
+  /** The size of the canvas with its margins. */
+  size() {
+    const { canvas, margins } = this.source;
+    return {
+      width: margins.left + canvas.width + margins.right,
+      height: margins.top + canvas.height + margins.bottom,
+    };
+  },
+
+  get hasMargins() {
+    return Object.values(this.source.margins).some((one) => one > 0);
+  },
+
+  get isMarked() {
+    return this.source !== null && (this.hasMargins || this.source.mask.includes(1));
+  },
+
+  snapshot() {
+    if (this.source === null) return null;
+    const { mask, margins } = this.source;
+    return { ...this.source, mask: mask.slice(), margins: { ...margins } };
+  },
+
+  restore(source) {
+    this.source = { ...source, mask: source.mask.slice(), margins: { ...source.margins } };
+    this.cursor = null;
+  },
+
+  /** Add the files of the picture and its mask to the body of a request. */
+  async addFiles(body) {
+    if (this.source === null) throw new ApiError("Choose an image first.", "image");
+    if (kind() === "variation") {
+      body.set("image", await this.cropped(), "image.png");
+      return;
+    }
+    if (!find("#too-small").hidden) throw new ApiError("The image is too small: extend it.", "image");
+    const { blob, canvas, isWhole } = this.source;
+    if (this.hasMargins) { // transparent wherever it is to be painted
+      body.set("image", await pngOf(this.composed(true)), "image.png");
+      return;
+    }
+    body.set("image", isWhole ? blob : await pngOf(canvas), "image.png");
+    if (this.isMarked) body.set("mask", await pngOf(this.composed(true)), "mask.png");
+  },
+
+  /** The picture with its margins, which are transparent; `isCut`: so is the painted part. */
+  composed(isCut) {
+    const { canvas, margins, mask } = this.source;
+    const made = element("canvas", this.size());
+    const context = made.getContext("2d");
+    context.drawImage(canvas, margins.left, margins.top);
+    if (!isCut) return made;
+    context.globalCompositeOperation = "destination-out";
+    const cut = this.layer((at) => mask[at] === 1, [0, 0, 0, 255]);
+    context.drawImage(cut, margins.left, margins.top);
+    return made;
+  },
+
+  /** A canvas of the size of the picture, with a colour where `has(at)`. */
+  layer(has, colour) {
+    const { width, height } = this.source.canvas;
+    const pixels = new ImageData(width, height);
+    for (let at = 0; at < width * height; at += 1) if (has(at)) pixels.data.set(colour, 4 * at);
+    const made = element("canvas", { width, height });
+    made.getContext("2d").putImageData(pixels, 0, 0);
+    return made;
+  },
+
+  /** The middle of the picture at the model's size, as variations need it. */
+  async cropped() {
+    const [width, height] = this.modelSize();
+    const { blob, bitmap, isWhole } = this.source;
+    if (isWhole && bitmap.width === width && bitmap.height === height) return blob;
+    const made = element("canvas", { width, height });
+    const context = made.getContext("2d");
+    const [wide, high] = this.fitSize();
+    context.imageSmoothingQuality = "high";
+    context.fillStyle = "#fff";
+    context.fillRect(0, 0, width, height);
+    context.drawImage(bitmap, (width - wide) / 2, (height - high) / 2, wide, high);
+    return pngOf(made);
+  },
+
+  /** Paint, or erase, along a line of the picture. */
+  paint(from, to) {
+    const { canvas, mask } = this.source;
+    const value = find("input[name=tool]:checked").value === "brush" ? 1 : 0;
+    const steps = Math.max(1, Math.ceil(2 * Math.hypot(to.x - from.x, to.y - from.y)));
+    for (let step = 0; step <= steps; step += 1) {
+      const x = from.x + ((to.x - from.x) * step) / steps;
+      const y = from.y + ((to.y - from.y) * step) / steps;
+      for (const at of this.covered(x, y, canvas)) mask[at] = value;
+    }
+  },
+
+  /** The pixels that the brush covers at a point. */
+  covered(x, y, { width, height }) {
+    const radius = Number(find("#brush-size").value) / 2;
+    const found = [];
+    const inside = (i, j) => Math.hypot(i + 0.5 - x, j + 0.5 - y) <= radius
+      || (i === Math.floor(x) && j === Math.floor(y));
+    for (let j = Math.max(0, Math.floor(y - radius)); j < Math.min(height, y + radius + 1); j += 1) {
+      for (let i = Math.max(0, Math.floor(x - radius)); i < Math.min(width, x + radius + 1); i += 1) {
+        if (inside(i, j)) found.push(j * width + i);
+      }
+    }
+    return found;
+  },
+
+  /** Show the picture, its mask, its margins and the brush. */
+  draw() {
+    const shown = find("#canvas");
+    const { canvas, mask, margins } = this.source;
+    const { width, height } = this.size();
+    Object.assign(shown, { width, height });
+    const room = find("#stage").clientWidth - 44; // handles on both sides
+    const scale = Math.min(room / width, 420 / height);
+    shown.style.width = `${width * scale}px`;
+    shown.style.height = `${height * scale}px`;
+    shown.classList.toggle("pixels", scale > 1);
+    const context = shown.getContext("2d");
+    context.drawImage(this.composed(false), 0, 0);
+    if (kind() !== "edit") return;
+    const marked = this.layer((at) => mask[at] === 1, MASK_COLOUR);
+    context.drawImage(marked, margins.left, margins.top);
+    if (this.cursor === null) return;
+    const brush = new Set(this.covered(this.cursor.x, this.cursor.y, canvas));
+    context.drawImage(this.layer((at) => brush.has(at), BRUSH_COLOUR), margins.left, margins.top);
+  },
+
+  /** Show what belongs to the picture, after any change of it. */
+  show() {
+    const has = this.source !== null;
+    find("#tools").hidden = !has;
+    find("#editor").classList.toggle("has-picture", has);
+    find("#image").labels[0].textContent = has ? "Choose another image" : "Choose an image";
+    if (!has) return;
+    const isEdit = kind() === "edit";
+    for (const id of ["#mask-tools", "#margins", "#canvas-help"]) find(id).hidden = !isEdit;
+    find("#frame").classList.toggle("fixed", !isEdit);
+    find("#canvas").tabIndex = isEdit ? 0 : -1;
+    for (const input of document.querySelectorAll("#margins input")) {
+      const value = String(this.source.margins[input.dataset.side]);
+      if (Number(input.value) !== Number(value)) input.value = value;
+    }
+    this.showSizes(isEdit);
+    this.draw();
+  },
+
+  showSizes(isEdit) {
+    const { width, height } = this.size();
+    const [wide, high] = this.modelSize();
+    const { bitmap, scale } = this.source;
+    const lacks = isEdit && (width < wide || height < high);
+    find("#canvas-size").textContent = isEdit
+      ? `${width} \u00d7 ${height} pixels`
+      : `Used at ${wide} \u00d7 ${high} pixels, cropped to the middle`;
+    find("#too-small").hidden = !lacks;
+    find("#too-small").textContent = !lacks ? "" : `This model edits images of at least ${wide} `
+      + `\u00d7 ${high} pixels. Extend this one by ${Math.max(0, wide - width)} in width and `
+      + `${Math.max(0, high - height)} in height.`;
+    const isScalable = bitmap.width > wide && bitmap.height > high;
+    find("#scaling").hidden = !(isEdit && isScalable);
+    const options = isScalable ? [["whole", [bitmap.width, bitmap.height]], ["fit", this.fitSize()]] : [];
+    find("#scale").replaceChildren(...options.map(([value, size]) => element(
+      "option", { value, selected: value === scale },
+      `${size.join(" \u00d7 ")} (${value === "whole" ? "as it is" : "scaled to the model"})`,
+    )));
+  },
+
+  showBrush() {
+    find("#brush-size + output").value = find("#brush-size").value;
+  },
+
+  /** The point of the picture under a pointer. */
+  point(event) {
+    const box = find("#canvas").getBoundingClientRect();
+    const { width, height } = this.size();
+    const { margins } = this.source;
+    return {
+      x: ((event.clientX - box.left) * width) / box.width - margins.left,
+      y: ((event.clientY - box.top) * height) / box.height - margins.top,
+    };
+  },
+};
+
+const pngOf = (canvas) => new Promise((resolve, reject) => {
+  const failed = () => reject(new ApiError("The image is too large for this browser.", "image"));
+  canvas.toBlob((blob) => (blob === null ? failed() : resolve(blob)), "image/png");
+});
+
+function listenToCanvas() {
+  const canvas = find("#canvas");
+  const isEdit = () => kind() === "edit" && editor.source !== null;
+  canvas.addEventListener("pointerdown", (event) => {
+    if (!isEdit() || event.button !== 0) return;
+    canvas.setPointerCapture(event.pointerId);
+    editor.isPainting = true;
+    editor.cursor = editor.point(event);
+    editor.paint(editor.cursor, editor.cursor);
+    showFields();
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    if (!isEdit()) return;
+    const from = editor.cursor;
+    editor.cursor = editor.point(event);
+    if (editor.isPainting && from !== null) editor.paint(from, editor.cursor);
+    editor.draw();
+  });
+  for (const name of ["pointerup", "pointercancel"]) {
+    canvas.addEventListener(name, () => { editor.isPainting = false; });
+  }
+  canvas.addEventListener("pointerleave", () => {
+    if (editor.isPainting || !isEdit()) return;
+    editor.cursor = null;
+    editor.draw();
+  });
+  canvas.addEventListener("keydown", (event) => {
+    if (isEdit() && moveBrush(event)) event.preventDefault();
+  });
+  canvas.addEventListener("keyup", (event) => {
+    if (event.key === " ") editor.isPainting = false;
+  });
+}
+
+/** Move or use the brush by a key; return whether the key does so. */
+function moveBrush(event) {
+  const { width, height } = editor.source.canvas;
+  const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  if (event.key !== " " && !(event.key in moves)) return false;
+  const from = editor.cursor ?? { x: Math.floor(width / 2) + 0.5, y: Math.floor(height / 2) + 0.5 };
+  const [right, down] = moves[event.key] ?? [0, 0];
+  const inside = (at, side) => Math.min(side - 0.5, Math.max(0.5, Math.floor(at) + 0.5));
+  editor.cursor = { x: inside(from.x + right, width), y: inside(from.y + down, height) };
+  if (event.key === " ") editor.isPainting = true;
+  if (editor.isPainting) editor.paint(editor.cursor, editor.cursor);
+  showFields();
+  return true;
+}
+
+function listenToHandles() {
+  const signs = { left: -1, top: -1, right: 1, bottom: 1 };
+  for (const handle of document.querySelectorAll(".handle")) {
+    const { side } = handle.dataset;
+    const along = side === "left" || side === "right" ? "clientX" : "clientY";
+    let start = null;
+    handle.addEventListener("pointerdown", (event) => {
+      if (event.button !== 0) return;
+      handle.setPointerCapture(event.pointerId);
+      const scale = find("#canvas").getBoundingClientRect().width / editor.size().width;
+      start = { at: event[along], margin: editor.source.margins[side], scale };
+      event.preventDefault();
+    });
+    handle.addEventListener("pointermove", (event) => {
+      if (start === null) return;
+      const moved = (signs[side] * (event[along] - start.at)) / start.scale;
+      setMargin(side, start.margin + moved);
+    });
+    for (const name of ["pointerup", "pointercancel"]) {
+      handle.addEventListener(name, () => { start = null; });
+    }
+  }
+  for (const input of document.querySelectorAll("#margins input")) {
+    input.addEventListener("input", () => setMargin(input.dataset.side, Number(input.value)));
+  }
+}
+
+function setMargin(side, value) {
+  editor.source.margins[side] = Math.min(MOST_MARGIN, Math.max(0, Math.round(value) || 0));
+  showFields();
+}
+
+function listenToFiles() {
+  const chooser = find("#image");
+  const open = async (file) => {
+    if (!file) return;
+    if (kind() === "generation") form.elements.kind.value = "edit";
+    showFields();
+    await editor.open(file, file.name);
+  };
+  chooser.addEventListener("change", async () => {
+    await open(chooser.files[0]);
+    chooser.value = "";
+  });
+  const accepts = (event) => [...event.dataTransfer.types].includes("Files") && models.length
+    && kindsOf(model()).length > 1;
+  document.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    event.dataTransfer.dropEffect = accepts(event) ? "copy" : "none";
+    find("#editor").classList.toggle("dropping", Boolean(accepts(event)));
+  });
+  document.addEventListener("dragleave", () => find("#editor").classList.remove("dropping"));
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    find("#editor").classList.remove("dropping");
+    if (accepts(event)) open(event.dataTransfer.files[0]);
+  });
+}
+
+// -------------------------------------------------------------------------------- models and fields
+
+/** The kinds of requests that a model takes. */
+function kindsOf(one) {
+  return ["generation", one.edits && "edit", one.variations && "variation"].filter(Boolean);
+}
+
+function labelName(number, id = model().id) {
+  const names = models.find((one) => one.id === id)?.label_names;
+  return names?.[number] ?? `Class ${number}`;
+}
+
+/** Show what the chosen model takes. */
+function showModel() {
+  const chosen = model();
+  const kinds = kindsOf(chosen);
+  for (const input of form.elements.kind) input.parentElement.hidden = !kinds.includes(input.value);
+  find("#kinds").hidden = kinds.length < 2;
+  if (!kinds.includes(kind())) form.elements.kind.value = "generation";
+  const labels = [element("option", { value: "" }, "All, in turn")];
+  for (let number = 0; number < chosen.num_classes; number += 1) {
+    labels.push(element("option", { value: number }, labelName(number)));
+  }
+  form.elements.labels.replaceChildren(...labels);
+  const own = SAMPLERS[chosen.sampler] ?? chosen.sampler;
+  const samplers = [element("option", { value: "" }, `Default (${own})`)];
+  for (const [value, name] of Object.entries(SAMPLERS)) samplers.push(element("option", { value }, name));
+  form.elements.sampler.replaceChildren(...samplers);
+  form.elements.steps.placeholder = chosen.steps;
+  form.elements.steps.max = chosen.num_steps;
+  form.elements.guidance_scale.placeholder = chosen.guidance_scale;
+  const colours = chosen.channels === 1 ? "grey" : "colour";
+  find("#model-facts").textContent = `${chosen.size.replace("x", " \u00d7 ")} pixels, ${colours}`;
+  showFields();
+}
+
+/** Show the fields that apply to the model and the task. */
+function showFields() {
+  const chosen = model();
+  document.body.dataset.kind = kind();
+  const applies = {
+    prompt: chosen.takes_text,
+    negative_prompt: chosen.takes_text && chosen.guidance,
+    labels: chosen.num_classes > 0,
+    guidance_scale: chosen.guidance,
+    strength: kind() === "edit" && editor.source !== null && !editor.isMarked,
+  };
+  for (const [name, does] of Object.entries(applies)) field(name).hidden = !does;
+  find("#editor").hidden = kind() === "generation";
+  showStrength();
+  if (kind() !== "generation") editor.show();
+}
+
+/** Ask for the models until they are loaded. */
+async function loadModels() {
+  for (let tries = 0; !models.length; tries += 1) {
+    try {
+      models = (await (await call("GET", "v1/models")).json()).data;
+      notify(models.length ? "" : "The models are being loaded\u2026");
+    } catch (error) {
+      if (error instanceof ApiError && !error.isPassing) {
+        notify(error.message, error.status === 401);
+        return;
+      }
+      notify("The server cannot be reached. Trying again\u2026");
+    }
+    const pause_s = RETRY_S[Math.min(tries, RETRY_S.length - 1)];
+    if (!models.length) await new Promise((resolve) => { setTimeout(resolve, pause_s * 1000); });
+  }
+  find("#model").replaceChildren(
+    ...models.map(({ id }) => element("option", { value: id }, id)),
+  );
+  find("#model").disabled = models.length < 2;
+  showModel();
+}
+
+function listen() {
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    generate();
+  });
+  form.elements.prompt.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    form.requestSubmit();
+  });
+  form.elements.strength.addEventListener("input", showStrength);
+  for (const input of form.elements.kind) input.addEventListener("change", showFields);
+  find("#model").addEventListener("change", showModel);
+  find("#cancel").addEventListener("click", () => {
+    find("#cancel").disabled = true;
+    showProgress(running, "Cancelling\u2026");
+    running.cancel();
+  });
+  find("#brush-size").addEventListener("input", () => editor.showBrush());
+  find("#clear-mask").addEventListener("click", () => {
+    editor.source.mask.fill(0);
+    showFields();
+  });
+  find("#scale").addEventListener("change", (event) => {
+    editor.render(event.target.value);
+    showFields();
+  });
+  find("#notice button").addEventListener("click", () => {
+    notify("");
+    loadModels();
+  });
+  listenToCanvas();
+  listenToHandles();
+  listenToFiles();
+  new ResizeObserver(() => { if (editor.source && kind() !== "generation") editor.draw(); })
+    .observe(find("#stage"));
+  // A page that is closed does not leave its job behind.
+  window.addEventListener("pagehide", () => {
+    if (running) call("DELETE", running.path, { keepalive: true }).catch(() => {});
+  });
+}
+
+function showStrength() {
+  find("#strength").labels[0].querySelector("output").value = find("#strength").value;
+}
+
+listen();
+loadModels();

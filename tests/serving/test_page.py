@@ -1,0 +1,462 @@
+"""The web page in a browser: what it draws is what the API draws, by keyboard, mouse and touch."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import urllib.request
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+pytest.importorskip("tokenizers", reason="needs the extra [text]")
+pytest.importorskip("playwright", reason="needs Playwright, of the extra [dev]")
+
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+
+from ddpm_ray.serving.http.access import Access, clients_of
+from ddpm_ray.serving.http.http_server import HttpSettings
+from ddpm_ray.serving.orders import Draw, Event, Order
+from tests.limits import ENDS_S
+from tests.serving.local_server import local_server, served
+from tests.serving.page_model import Gate, PageModels
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ENDS_MS = ENDS_S * 1000
+TOKEN = "a-token-of-this-test"
+KNOWN = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+PHONE = {"width": 360, "height": 740}
+FOCUSED = """() => {
+    const at = document.activeElement;
+    const marked = [at, at.nextElementSibling, at.previousElementSibling].some(
+        (node) => node && parseFloat(getComputedStyle(node).outlineWidth) >= 2
+            && getComputedStyle(node).outlineStyle === "solid");
+    return [at.id || at.textContent, marked];
+}"""
+
+
+@dataclass
+class Server:
+    """A server, the orders that it gets, and the gate of its network."""
+
+    url: str
+    gate: Gate
+    orders: list[Order] = field(default_factory=list)
+
+    def recorded(self, draw: Draw) -> Draw:
+        def drawn(order: Order, source: str, affordable: float) -> AsyncGenerator[Event, None]:
+            self.orders.append(order)
+            return draw(order, source, affordable)
+
+        return drawn
+
+    def json(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=ENDS_S) as response:
+            return json.load(response)
+
+    def drawn(self, **body: Any) -> npt.NDArray[np.uint8]:
+        """The image of the API."""
+        answer = self.json("v1/images/generations", body)
+        return pixels(base64.b64decode(answer["data"][0]["b64_json"]))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser is installed: {', '.join(BROWSERS)}")
+    expect.set_options(timeout=ENDS_MS)
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    made = PageModels()
+    found = Server("", made.gate)
+    with local_server(served(made.models), draw=found.recorded) as (found.url, _):
+        yield found
+
+
+@pytest.fixture
+def server(running: Server) -> Iterator[Server]:
+    running.orders.clear()
+    yield running
+    running.gate.open()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that asks no other host for anything, and whose script raises nothing."""
+    context = browser.new_context(color_scheme="light")
+    made, urls, problems = context.new_page(), [], []
+    made.set_default_timeout(ENDS_MS)
+    made.on("request", lambda request: urls.append(request.url))
+    made.on("pageerror", lambda error: problems.append(str(error)))
+    made.on("console", lambda one: problems.append(one.text) if "policy" in one.text else None)
+    yield made
+    context.close()
+    assert not problems
+    assert all(re.match(r"http://127\.0\.0\.1:\d+/|data:", url) for url in urls), urls
+
+
+def pixels(file: bytes) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(file)).convert("L"))
+
+
+def png(image: npt.NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def alpha(file: bytes) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(file)))[..., 3]
+
+
+def opened(page: Page, server: Server) -> Page:
+    page.goto(server.url)
+    expect(page.locator("#model-facts")).to_contain_text("8 \u00d7 8 pixels, grey")
+    return page
+
+
+def generate(page: Page) -> None:
+    page.get_by_role("button", name="Generate").click()
+
+
+def result(page: Page) -> Locator:
+    """The finished image."""
+    found = page.locator("#result figure:not(.preview) img")
+    expect(found.first).to_be_visible()
+    return found.first
+
+
+def shown(image: Locator) -> npt.NDArray[np.uint8]:
+    source = image.get_attribute("src") or ""
+    return pixels(base64.b64decode(source.partition(",")[2]))
+
+
+def upload(page: Page, image: npt.NDArray[np.uint8]) -> None:
+    page.get_by_label("Edit", exact=True).check()
+    file: Any = {"name": "a.png", "mimeType": "image/png", "buffer": png(image)}
+    page.get_by_label(re.compile("Choose an")).set_input_files(file)
+    expect(page.locator("#canvas")).to_be_visible()
+
+
+def tab_to(page: Page, wanted: str) -> None:
+    """Press Tab until the element of that id has the focus; every stop shows that it has it."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        at, marked = page.evaluate(FOCUSED)
+        assert marked or at == "body", f"nothing shows that {at} has the focus"
+        if at == wanted:
+            return
+    raise AssertionError(f"{wanted} is not reached by Tab")
+
+
+def test_an_image_is_drawn_by_keyboard_alone_and_is_that_of_the_api(
+    page: Page, server: Server
+) -> None:
+    opened(page, server)
+    tab_to(page, "labels")
+    page.keyboard.type("bright")
+    tab_to(page, "seed")
+    page.keyboard.type("5")
+    tab_to(page, "steps")
+    page.keyboard.type("4")
+    tab_to(page, "generate")
+    page.keyboard.press("Enter")
+    expected = server.drawn(model="classes", labels=[2], seed=5, steps=4)
+    assert np.array_equal(shown(result(page)), expected)
+    assert expected.mean() > 150
+    expect(page.locator("#live")).to_have_text("Finished: 1 image")
+    expect(page.locator("#facts")).to_contain_text("Seed 5 · 4 steps")
+    tab_to(page, "Download")
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    assert np.array_equal(pixels(download.value.path().read_bytes()), expected)
+
+
+def test_previews_come_step_by_step_before_the_image(page: Page, server: Server) -> None:
+    opened(page, server)
+    server.gate.allow(0)
+    generate(page)
+    expect(page.locator("#running")).to_be_visible()
+    images = []
+    for number, calls in enumerate((1, 2, 2), start=1):  # of 6 steps
+        server.gate.allow(calls)
+        preview = page.get_by_alt_text(f"Preview {number} of 3")
+        expect(preview).to_be_visible()
+        images.append(shown(preview))
+        expect(page.locator("#live")).to_have_text(f"Preview {number} of 3")
+    expect(page.get_by_role("progressbar")).to_have_js_property("value", 4 / 6)
+    server.gate.open()
+    images.append(shown(result(page)))
+    assert len({image.tobytes() for image in images}) == 4
+    expect(page.locator("#running")).to_be_hidden()
+
+
+def test_cancel_ends_the_job(page: Page, server: Server) -> None:
+    opened(page, server)
+    server.gate.allow(0)
+    with page.expect_request(re.compile("/v1/jobs/[^/]*$")) as put:
+        generate(page)
+    expect(page.locator("#running")).to_contain_text("queue")
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#live")).to_have_text("Cancelled")
+    expect(page.locator("#running")).to_be_hidden()
+    assert server.json(put.value.url.removeprefix(server.url))["status"] == "cancelled"
+    before = server.gate.calls
+    server.gate.open()
+    generate(page)
+    result(page)
+    assert server.gate.calls <= before + 7, "the cancelled job went on"
+
+
+def test_a_mask_drawn_with_the_mouse_repaints_the_painted_pixels_only(
+    page: Page, server: Server
+) -> None:
+    opened(page, server)
+    upload(page, KNOWN)
+    expect(page.get_by_label("Strength")).to_be_visible()
+    page.get_by_label("Brush size").fill("1")
+    box = page.locator("#canvas").bounding_box()
+    assert box is not None
+    side = box["width"] / 8
+    page.mouse.move(box["x"] + 2.5 * side, box["y"] + 3.5 * side)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 6.5 * side, box["y"] + 3.5 * side, steps=3)
+    page.mouse.up()
+    page.get_by_label("Eraser").check()
+    page.mouse.click(box["x"] + 6.5 * side, box["y"] + 3.5 * side)
+    expect(page.get_by_label("Strength")).to_be_hidden()
+    generate(page)
+    found = shown(result(page))
+    painted = np.zeros((8, 8), bool)
+    painted[3, 2:6] = True
+    order = server.orders[-1]
+    assert np.array_equal(alpha(order.mask or b"") == 0, painted)
+    assert np.array_equal(found[~painted], KNOWN[~painted])
+    assert (found != KNOWN)[painted].any()
+    page.get_by_role("button", name="Clear").click()
+    expect(page.get_by_label("Strength")).to_be_visible()
+
+
+def test_the_mask_is_painted_and_the_canvas_enlarged_by_keyboard(
+    page: Page, server: Server
+) -> None:
+    opened(page, server)
+    upload(page, KNOWN)
+    page.get_by_label("Brush size").fill("1")
+    page.get_by_label("Image and mask").focus()
+    for key in ("ArrowUp", "ArrowLeft", "Space"):  # from the middle, the pixel (4, 4)
+        page.keyboard.press(key)
+    page.get_by_label("Left").fill("3")
+    page.get_by_label("Bottom").fill("2")
+    expect(page.locator("#canvas-size")).to_have_text("11 \u00d7 10 pixels")
+    generate(page)
+    found = shown(result(page))
+    assert found.shape == (10, 11)
+    kept = np.ones((8, 8), bool)
+    kept[3, 3] = False
+    assert np.array_equal(found[:8, 3:][kept], KNOWN[kept])
+    sent = alpha(server.orders[-1].image or b"")
+    assert np.array_equal(sent == 255, np.pad(kept, ((0, 2), (3, 0))))
+
+
+def test_a_handle_enlarges_the_canvas(page: Page, server: Server) -> None:
+    opened(page, server)
+    upload(page, KNOWN)
+    box = page.locator("#canvas").bounding_box()
+    handle = page.locator(".handle[data-side=right]").bounding_box()
+    assert box is not None
+    assert handle is not None
+    middle = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + box["width"] / 2, middle[1])
+    page.mouse.up()
+    expect(page.get_by_label("Right")).to_have_value("4")
+
+
+def test_a_small_image_has_to_be_extended(page: Page, server: Server) -> None:
+    opened(page, server)
+    upload(page, KNOWN[:5])
+    expect(page.get_by_text("Extend this one by 0 in width and 3 in height.")).to_be_visible()
+    generate(page)
+    expect(page.locator("[data-field=image]")).to_contain_text("too small")
+    page.get_by_label("Top").fill("3")
+    generate(page)
+    assert np.array_equal(shown(result(page))[3:], KNOWN[:5])
+
+
+def test_a_drawn_image_is_edited_and_varied(page: Page, server: Server) -> None:
+    opened(page, server)
+    page.get_by_label("Model").select_option("texts")
+    page.get_by_label("Prompt", exact=True).fill("dark")
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    first = shown(result(page))
+    assert server.orders[-1].request.prompt == "dark"
+    page.get_by_role("button", name="Edit image").click()
+    page.get_by_label("Strength").fill("0.5")
+    generate(page)
+    expect(page.locator("#result img[alt*='Edit']")).to_be_visible()
+    edit = server.orders[-1]
+    assert np.array_equal(pixels(edit.image or b""), first)
+    assert (edit.mask, getattr(edit.request, "strength", None)) == (None, 0.5)
+    page.get_by_role("button", name="Variations of image").click()
+    page.get_by_label("Images").fill("2")
+    generate(page)
+    expect(page.locator("#result img[alt*='Variation']")).to_have_count(2)
+    assert server.orders[-1].kind == "variation"
+
+
+def test_the_history_gives_settings_and_images_back(page: Page, server: Server) -> None:
+    opened(page, server)
+    generate(page)
+    first = shown(result(page))
+    seed = server.orders[-1].settings["seed"]
+    page.get_by_role("button", name="Use this seed").click()
+    expect(page.get_by_label("Seed", exact=True)).to_have_value(str(seed))
+    page.get_by_label("Seed", exact=True).fill(str(2**62 + 1))
+    page.get_by_label("Class", exact=True).select_option("medium")
+    generate(page)
+    entries = page.locator("#entries li")
+    expect(entries).to_have_count(2)
+    assert server.orders[-1].settings["seed"] == 2**62 + 1, "a digit was lost"
+    entries.last.get_by_role("button").click()
+    expect(page.get_by_label("Seed", exact=True)).to_have_value(str(seed))
+    expect(page.get_by_label("Class", exact=True)).to_have_value("")
+    assert np.array_equal(shown(result(page)), first)
+    generate(page)
+    expect(entries).to_have_count(3)
+    assert np.array_equal(shown(result(page)), first)
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("Steps", "4000", "the T that the model was trained with"),
+        ("Images", "11", "at most 10"),
+        ("Seed", "-1", "at least 0"),
+        ("Seed", "many", "seed"),
+    ],
+)
+def test_an_error_is_shown_at_its_field(
+    page: Page, server: Server, name: str, value: str, says: str
+) -> None:
+    opened(page, server)
+    entry = page.get_by_label(name, exact=True)
+    entry.fill(value)
+    generate(page)
+    expect(page.locator(".field", has=entry).get_by_role("alert")).to_contain_text(says)
+    expect(entry).to_have_attribute("aria-invalid", "true")
+    expect(entry).to_be_focused()
+    entry.fill("3")
+    entry.press("Enter")
+    result(page)
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_a_file_that_is_no_image_is_refused(page: Page, server: Server) -> None:
+    opened(page, server)
+    page.get_by_label("Edit", exact=True).check()
+    file: Any = {"name": "a.png", "mimeType": "image/png", "buffer": b"no image"}
+    page.get_by_label("Choose an image").set_input_files(file)
+    expect(page.locator("[data-field=image]")).to_contain_text("a.png is not an image")
+
+
+def test_a_server_with_tokens_asks_for_one(page: Page) -> None:
+    made = PageModels()
+    http = HttpSettings(access=Access(clients_of(TOKEN)))
+    with local_server(served(made.models), http=http) as (url, _):
+        page.goto(url)
+        token = page.get_by_label("Token", exact=True)
+        token.fill("a-wrong-token-of-this-test")
+        token.press("Enter")
+        expect(page.get_by_text("This token is not accepted.")).to_be_visible()
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="Enter token").click()
+        token.fill(TOKEN)
+        token.press("Enter")
+        expect(page.locator("#model-facts")).not_to_be_empty()
+        generate(page)
+        result(page)
+        kept = page.evaluate("[sessionStorage.token, localStorage.length, document.cookie]")
+        assert kept == [TOKEN, 0, ""]
+
+
+def test_a_lost_connection_is_taken_up_again(page: Page, server: Server) -> None:
+    """Refused, cut in the middle, and an answer of a server that has lost the job."""
+    opened(page, server)
+    page.get_by_label("Seed", exact=True).fill("8")
+    lost = {"error": {"message": "there is no job", "param": "id", "code": None}}
+    cut = 'event: progress\ndata: {"type": "progress", "place": 1, "seconds_left": null}\n\nevent: '
+    puts: list[str] = []
+    page.on("request", lambda one: puts.append(one.url) if one.method == "PUT" else None)
+    ways = iter(
+        [
+            lambda route: route.abort(),
+            lambda route: route.fulfill(body=cut, content_type="text/event-stream"),
+            lambda route: route.fulfill(status=404, json=lost),
+        ]
+    )
+
+    def answered(route: Route) -> None:
+        next(ways, Route.continue_)(route)
+
+    page.route("**/events", answered)
+    generate(page)
+    found = shown(result(page))
+    assert np.array_equal(found, server.drawn(model="classes", seed=8))
+    assert len(puts) == 2
+    assert len({*puts}) == 1, "the job got another id"
+    assert len(server.orders) == 2, "the job was drawn twice"
+
+
+def test_nothing_is_wider_than_a_phone(page: Page, server: Server) -> None:
+    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+
+    def require_narrow() -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+
+    opened(page, server)
+    page.get_by_label("Images").fill("3")
+    generate(page)
+    result(page)
+    require_narrow()
+    page.get_by_role("button", name="Edit image 2").click()
+    page.get_by_label("Right").fill("40")
+    expect(page.locator("#canvas-size")).to_have_text("48 \u00d7 8 pixels")
+    require_narrow()
+    page.get_by_label("Seed", exact=True).fill("x" * 200)
+    generate(page)
+    expect(page.locator(".field .error")).to_be_visible()
+    require_narrow()
+
+
+def test_every_control_has_a_name(page: Page, server: Server) -> None:
+    opened(page, server)
+    page.get_by_label("Model").select_option("texts")
+    generate(page)
+    result(page)
+    page.get_by_role("button", name="Edit image").click()
+    page.get_by_label("Left").fill("2")
+    roles = "textbox|spinbutton|combobox|slider|radio|button|link|application|progressbar|img"
+    found = re.findall(rf"^\s*- (?:{roles})\b.*$", page.locator("body").aria_snapshot(), re.M)
+    assert len(found) > 25
+    unnamed = [line for line in found if '"' not in line and "/" not in line]
+    assert not unnamed
