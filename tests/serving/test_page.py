@@ -42,6 +42,14 @@ FOCUSED = """() => {
     return [at.id || at.textContent, marked];
 }"""
 
+DROP = """(file) => {
+    const bytes = Uint8Array.from(atob(file), (letter) => letter.charCodeAt(0));
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([bytes], "a.png", {type: "image/png"}));
+    for (const name of ["dragover", "drop"])
+        document.body.dispatchEvent(new DragEvent(name, {bubbles: true, dataTransfer}));
+}"""
+
 
 @dataclass
 class Server:
@@ -58,10 +66,10 @@ class Server:
 
         return drawn
 
-    def json(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def json(self, path: str, body: dict[str, Any] | None = None, method: str = "") -> Any:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}{path}", data, headers)
+        request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method or None)
         with urllib.request.urlopen(request, timeout=ENDS_S) as response:
             return json.load(response)
 
@@ -87,7 +95,7 @@ def browser() -> Iterator[Browser]:
 def running() -> Iterator[Server]:
     made = PageModels()
     found = Server("", made.gate)
-    with local_server(served(made.models), draw=found.recorded) as (found.url, _):
+    with local_server(served(made.models, max_images=3), draw=found.recorded) as (found.url, _):
         yield found
 
 
@@ -101,7 +109,7 @@ def server(running: Server) -> Iterator[Server]:
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
     """A page that asks no other host for anything, and whose script raises nothing."""
-    context = browser.new_context(color_scheme="light")
+    context = browser.new_context(has_touch=True)
     made, urls, problems = context.new_page(), [], []
     made.set_default_timeout(ENDS_MS)
     made.on("request", lambda request: urls.append(request.url))
@@ -110,7 +118,7 @@ def page(browser: Browser) -> Iterator[Page]:
     yield made
     context.close()
     assert not problems
-    assert all(re.match(r"http://127\.0\.0\.1:\d+/|data:", url) for url in urls), urls
+    assert all(re.match(r"http://127\.0\.0\.1:\d+/|data:|about:", url) for url in urls), urls
 
 
 def pixels(file: bytes) -> npt.NDArray[np.uint8]:
@@ -202,11 +210,23 @@ def test_previews_come_step_by_step_before_the_image(page: Page, server: Server)
         expect(preview).to_be_visible()
         images.append(shown(preview))
         expect(page.locator("#live")).to_have_text(f"Preview {number} of 3")
-    expect(page.get_by_role("progressbar")).to_have_js_property("value", 4 / 6)
+    expect(page.get_by_role("progressbar")).to_have_js_property("value", 5 / 6)
     server.gate.open()
     images.append(shown(result(page)))
     assert len({image.tobytes() for image in images}) == 4
     expect(page.locator("#running")).to_be_hidden()
+
+
+def test_the_place_in_the_queue_is_shown(page: Page, server: Server) -> None:
+    opened(page, server)
+    server.gate.allow(0)
+    for job in ("runs", "waits"):  # the engine draws three images at once
+        server.json(f"v1/jobs/{job}", {"n": 3}, "PUT")
+    generate(page)
+    expect(page.locator("#running")).to_contain_text("Place 2 in the queue")
+    expect(page.locator("#live")).to_have_text("Place 2 in the queue")
+    server.gate.open()
+    result(page)
 
 
 def test_cancel_ends_the_job(page: Page, server: Server) -> None:
@@ -214,7 +234,7 @@ def test_cancel_ends_the_job(page: Page, server: Server) -> None:
     server.gate.allow(0)
     with page.expect_request(re.compile("/v1/jobs/[^/]*$")) as put:
         generate(page)
-    expect(page.locator("#running")).to_contain_text("queue")
+    put.value.response()
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#live")).to_have_text("Cancelled")
     expect(page.locator("#running")).to_be_hidden()
@@ -224,6 +244,16 @@ def test_cancel_ends_the_job(page: Page, server: Server) -> None:
     generate(page)
     result(page)
     assert server.gate.calls <= before + 7, "the cancelled job went on"
+
+
+def test_a_page_that_is_left_cancels_its_job(page: Page, server: Server) -> None:
+    opened(page, server)
+    server.gate.allow(0)
+    with page.expect_request(re.compile("/v1/jobs/[^/]*/events$")) as events:
+        generate(page)
+    page.goto("about:blank")
+    job = events.value.url.removesuffix("/events").removeprefix(server.url)
+    assert server.json(f"{job}?wait=300")["status"] == "cancelled"
 
 
 def test_a_mask_drawn_with_the_mouse_repaints_the_painted_pixels_only(
@@ -277,6 +307,47 @@ def test_the_mask_is_painted_and_the_canvas_enlarged_by_keyboard(
     assert np.array_equal(sent == 255, np.pad(kept, ((0, 2), (3, 0))))
 
 
+def test_a_finger_paints(page: Page, server: Server) -> None:
+    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    opened(page, server)
+    upload(page, KNOWN)
+    page.get_by_label("Brush size").fill("2")
+    canvas = page.locator("#canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    page.touchscreen.tap(box["x"] + 3 * box["width"] / 8, box["y"] + 5 * box["height"] / 8)
+    expect(page.get_by_label("Strength")).to_be_hidden()
+    generate(page)
+    result(page)
+    painted = np.zeros((8, 8), bool)
+    painted[4:6, 2:4] = True
+    assert np.array_equal(alpha(server.orders[-1].mask or b"") == 0, painted)
+
+
+def test_transparent_pixels_of_a_file_are_repainted(page: Page, server: Server) -> None:
+    opened(page, server)
+    hidden = np.arange(64).reshape(8, 8) % 5 == 0
+    file = np.stack([KNOWN, KNOWN, KNOWN, np.where(hidden, 0, 255).astype(np.uint8)], axis=-1)
+    upload(page, file)
+    generate(page)
+    found = shown(result(page))
+    assert np.array_equal(found[~hidden], KNOWN[~hidden])
+    assert (found != KNOWN)[hidden].any()
+
+
+def test_a_large_image_is_dropped_and_scaled_to_the_model(page: Page, server: Server) -> None:
+    opened(page, server)
+    page.evaluate(DROP, base64.b64encode(png(np.full((48, 64), 77, np.uint8))).decode())
+    expect(page.locator("#canvas-size")).to_have_text("11 \u00d7 8 pixels")
+    page.get_by_label("Resolution").select_option("whole")
+    expect(page.locator("#canvas-size")).to_have_text("64 \u00d7 48 pixels")
+    page.get_by_label("Resolution").select_option("fit")
+    generate(page)
+    assert shown(result(page)).shape == (8, 11)
+    assert np.all(pixels(server.orders[-1].image or b"") == 77)
+
+
 def test_a_handle_enlarges_the_canvas(page: Page, server: Server) -> None:
     opened(page, server)
     upload(page, KNOWN)
@@ -289,7 +360,7 @@ def test_a_handle_enlarges_the_canvas(page: Page, server: Server) -> None:
     page.mouse.down()
     page.mouse.move(middle[0] + box["width"] / 2, middle[1])
     page.mouse.up()
-    expect(page.get_by_label("Right")).to_have_value("4")
+    expect(page.get_by_label("Right", exact=True)).to_have_value("4")
 
 
 def test_a_small_image_has_to_be_extended(page: Page, server: Server) -> None:
@@ -359,16 +430,20 @@ def test_an_error_is_shown_at_its_field(
     page: Page, server: Server, name: str, value: str, says: str
 ) -> None:
     opened(page, server)
+    generate(page)
+    first = shown(result(page))
     entry = page.get_by_label(name, exact=True)
     entry.fill(value)
     generate(page)
     expect(page.locator(".field", has=entry).get_by_role("alert")).to_contain_text(says)
     expect(entry).to_have_attribute("aria-invalid", "true")
     expect(entry).to_be_focused()
+    assert np.array_equal(shown(result(page)), first)
     entry.fill("3")
     entry.press("Enter")
-    result(page)
     expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator("#running")).to_be_hidden()
+    expect(page.locator("#entries button")).to_have_count(4 if name == "Images" else 2)
 
 
 def test_a_file_that_is_no_image_is_refused(page: Page, server: Server) -> None:
@@ -439,7 +514,7 @@ def test_nothing_is_wider_than_a_phone(page: Page, server: Server) -> None:
     result(page)
     require_narrow()
     page.get_by_role("button", name="Edit image 2").click()
-    page.get_by_label("Right").fill("40")
+    page.get_by_label("Right", exact=True).fill("40")
     expect(page.locator("#canvas-size")).to_have_text("48 \u00d7 8 pixels")
     require_narrow()
     page.get_by_label("Seed", exact=True).fill("x" * 200)

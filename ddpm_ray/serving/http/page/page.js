@@ -72,7 +72,7 @@ function showError(error) {
 }
 
 function clearErrors() {
-  for (const text of document.querySelectorAll(".field > .error")) text.remove();
+  for (const text of document.querySelectorAll('.error[id^="error-"]')) text.remove();
   for (const input of document.querySelectorAll("[aria-invalid]")) {
     input.removeAttribute("aria-invalid");
     input.removeAttribute("aria-describedby");
@@ -251,8 +251,9 @@ class Job {
   }
 
   /** Have the images drawn, whatever happens to the connection. Throws ApiError. */
-  async run() {
+  async run(onAccepted) {
     await this.patiently(() => this.submit());
+    if (!this.isCancelled) onAccepted();
     while (!this.isDone && !this.isCancelled) {
       try {
         await this.patiently((onEvent) => this.follow(onEvent));
@@ -283,15 +284,20 @@ async function generate() {
   }
   running = job;
   showRunning(job);
+  let restore = () => {};
   try {
-    await job.run();
-    if (job.isCancelled) announce("Cancelled");
+    await job.run(() => { restore = showFrames(job); });
+    if (job.isCancelled) restore();
     else finish(job);
   } catch (error) {
-    if (!job.isCancelled) showError(error);
+    restore();
+    const isLost = job.isCancelled && !(error instanceof ApiError);
+    const text = "The server cannot be reached. The job may still run.";
+    if (isLost || !job.isCancelled) showError(isLost ? new ApiError(text) : error);
   } finally {
     running = null;
     showRunning(null);
+    if (job.isCancelled) announce("Cancelled");
   }
 }
 
@@ -334,19 +340,23 @@ function showRunning(job) {
   find("#generate").setAttribute("aria-disabled", job !== null);
   find("#result").setAttribute("aria-busy", job !== null);
   cancel.disabled = false;
-  if (job === null) {
-    if (find("#images figure.preview")) find("#images").replaceChildren(emptyText());
-    return;
-  }
-  const blank = Array.from({ length: Math.min(job.count, 10) }, () => figure(null, ""));
-  find("#images").replaceChildren(...blank);
-  find("#facts").hidden = true;
+  if (job === null) return;
   showProgress(job, "Sending\u2026");
   announce("Started");
   find("#result").scrollIntoView({ block: "nearest", behavior: "smooth" });
 }
 
-const emptyText = () => element("p", { className: "empty muted" }, "Your images appear here.");
+/** Show empty frames of a job in place of earlier images; return what brings these back. */
+function showFrames(job) {
+  const earlier = [...find("#images").children];
+  const wasHidden = find("#facts").hidden;
+  find("#images").replaceChildren(...Array.from({ length: job.count }, () => figure(null, "")));
+  find("#facts").hidden = true;
+  return () => {
+    find("#images").replaceChildren(...earlier);
+    find("#facts").hidden = wasHidden;
+  };
+}
 
 /** Show how far a job is: a text, or an event of the server. */
 function showProgress(job, text, event = null) {
@@ -357,7 +367,8 @@ function showProgress(job, text, event = null) {
     return;
   }
   const time = event.seconds_left === null ? "" : ` \u00b7 about ${duration(event.seconds_left)} left`;
-  if (event.place === 0 && job.rows) {
+  const isBegun = event.place === 0 || job.shown >= 0; // a place may be older than a preview
+  if (isBegun && job.rows) {
     job.share = Math.min(1, Math.max(job.share, event.computed_rows / job.rows));
     bar.value = job.share;
     find("#running-text").textContent = `${Math.round(job.share * 100)} %${time}`;
@@ -365,6 +376,7 @@ function showProgress(job, text, event = null) {
     bar.removeAttribute("value");
     const place = event.place > 1 ? `Place ${event.place} in the queue` : "Next in the queue";
     find("#running-text").textContent = place + time;
+    if (find("#live").textContent !== place) announce(place);
   }
 }
 
@@ -412,7 +424,6 @@ function showPreview(job, event) {
 function finish(job) {
   const seconds = (performance.now() - job.begun) / 1000;
   const entries = job.images.map((image, index) => ({ ...image, index, job }));
-  find("#running").hidden = true;
   find("#images").replaceChildren(...entries.map(resultFigure));
   showFacts(job, seconds);
   addHistory(entries);
@@ -444,11 +455,14 @@ function downloadLink(entry) {
 
 /** A short description of an image. */
 function title(entry) {
-  const { prompt, labels, kind: made } = entry.job.settings;
-  const label = labels === "" ? "" : labelName(Number(labels), entry.job.settings.model);
+  const { prompt, labels, kind: made, model: id } = entry.job.settings;
+  const classes = models.find((one) => one.id === id)?.num_classes ?? 0;
+  const number = labels === "" ? entry.index % classes : Number(labels);
+  const label = classes ? labelName(number, id) : "";
   const kinds = { generation: "", edit: "Edit", variation: "Variation" };
   const words = [kinds[made], prompt, label].filter(Boolean).join(" \u00b7 ");
-  return `${words || "Image"} \u00b7 seed ${entry.facts.seed}`;
+  const place = entry.job.count > 1 ? ` \u00b7 ${entry.index + 1} of ${entry.job.count}` : "";
+  return `${words || "Image"} \u00b7 seed ${entry.facts.seed}${place}`;
 }
 
 function showFacts(job, seconds) {
@@ -493,6 +507,7 @@ function addHistory(entries) {
     button.setAttribute("aria-label", `Use settings: ${text}`);
     button.addEventListener("click", () => takeOver(entry));
     const caption = element("span", { className: "caption muted" }, text);
+    caption.setAttribute("aria-hidden", "true"); // the button says it
     list.prepend(element("li", {}, button, caption, downloadLink(entry)));
   }
   while (list.children.length > MOST_ENTRIES) list.lastElementChild.remove();
@@ -696,7 +711,7 @@ const editor = {
     const { canvas, mask, margins } = this.source;
     const { width, height } = this.size();
     Object.assign(shown, { width, height });
-    const room = find("#stage").clientWidth - 44; // handles on both sides
+    const room = find("#stage").clientWidth - 48; // handles on both sides
     const scale = Math.min(room / width, 420 / height);
     shown.style.width = `${width * scale}px`;
     shown.style.height = `${height * scale}px`;
@@ -791,7 +806,12 @@ function listenToCanvas() {
     editor.draw();
   });
   for (const name of ["pointerup", "pointercancel"]) {
-    canvas.addEventListener(name, () => { editor.isPainting = false; });
+    canvas.addEventListener(name, (event) => {
+      editor.isPainting = false;
+      if (!isEdit() || event.pointerType === "mouse") return;
+      editor.cursor = null; // a finger has left
+      editor.draw();
+    });
   }
   canvas.addEventListener("pointerleave", () => {
     if (editor.isPainting || !isEdit()) return;
