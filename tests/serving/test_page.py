@@ -162,6 +162,7 @@ def upload(page: Page, image: npt.NDArray[np.uint8]) -> None:
     file: Any = {"name": "a.png", "mimeType": "image/png", "buffer": png(image)}
     page.get_by_label(re.compile("Choose an")).set_input_files(file)
     expect(page.locator("#canvas")).to_be_visible()
+    page.get_by_label("Steps").fill("2")  # repainting calls the network ten times a step
 
 
 def tab_to(page: Page, wanted: str) -> None:
@@ -408,6 +409,9 @@ def test_the_history_gives_settings_and_images_back(page: Page, server: Server) 
     entries = page.locator("#entries li")
     expect(entries).to_have_count(2)
     assert server.orders[-1].settings["seed"] == 2**62 + 1, "a digit was lost"
+    page.get_by_label("Seed", exact=True).fill("")
+    page.get_by_role("button", name="Use this seed").click()
+    expect(page.get_by_label("Seed", exact=True)).to_have_value(str(2**62 + 1))
     entries.last.get_by_role("button").click()
     expect(page.get_by_label("Seed", exact=True)).to_have_value(str(seed))
     expect(page.get_by_label("Class", exact=True)).to_have_value("")

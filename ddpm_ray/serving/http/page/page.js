@@ -2,13 +2,13 @@
 // Nothing is stored but a token, in the storage of the tab.
 
 const PREVIEWS = 3;
-const SILENT_S = 40; // the server writes a comment every 15 s; a longer silence is a lost connection
+const SILENT_S = 40; // the server writes every 15 s; a longer silence is a lost connection
 const RETRY_S = [0.5, 1, 2, 4, 8]; // pauses before a lost connection is tried again
 const MOST_ENTRIES = 100; // of the history
 const MOST_MARGIN = 2048; // pixels
-const LARGE = 4; // a picture of more times the model's size is scaled down unless asked otherwise
+const LARGE = 4; // an image of more times the model's size is scaled down unless asked otherwise
 const MASK_COLOUR = [235, 0, 110, 150];
-const BRUSH_COLOUR = [255, 255, 255, 130];
+const BRUSH_COLOURS = { brush: [235, 0, 110, 90], eraser: [255, 255, 255, 150] };
 const SAMPLERS = {
   ddim: "DDIM",
   ancestral: "Ancestral (DDPM)",
@@ -49,6 +49,7 @@ function notify(text, offersToken = false) {
 }
 
 const kind = () => form.elements.kind.value;
+const tool = () => find("input[name=tool]:checked").value;
 const model = () => models.find((one) => one.id === find("#model").value) ?? models[0];
 const field = (name) => find(`.field[data-field="${name}"]`);
 const isShown = (node) => node !== null && node.offsetParent !== null;
@@ -93,14 +94,29 @@ class ApiError extends Error {
   }
 }
 
-/** Fetch a path of the server; asks for a token where one is needed. Throws ApiError. */
+/** The server could not be reached, or an answer was cut off. */
+class ConnectionError extends Error {
+  isPassing = true;
+}
+
+/** Return what a promise of the network gives. Throws ConnectionError where it fails. */
+async function connected(promise) {
+  try {
+    return await promise;
+  } catch (cause) {
+    throw new ConnectionError("The server cannot be reached.", { cause });
+  }
+}
+
+/** Fetch a path of the server; asks for a token where one is needed.
+ *  Throws ApiError or ConnectionError. */
 async function call(method, path, { body, signal, keepalive = false } = {}) {
   for (;;) {
     const token = sessionStorage.getItem("token");
     const headers = token ? { Authorization: `Bearer ${token}` } : {};
-    const response = await fetch(path, {
+    const response = await connected(fetch(path, {
       method, body, signal, keepalive, headers, cache: "no-store",
-    });
+    }));
     if (response.ok) return response;
     if (response.status === 401) {
       await askToken(token);
@@ -122,13 +138,14 @@ function askToken(refused) {
     const dialog = find("#token-dialog");
     const input = find("#token");
     find("#token-error").hidden = !refused;
-    input.value = "";
     dialog.returnValue = "";
     dialog.showModal();
     dialog.addEventListener("close", () => {
       asking = null;
-      if (input.value.trim()) {
-        sessionStorage.setItem("token", input.value.trim());
+      const token = dialog.returnValue === "ok" ? input.value.trim() : "";
+      input.value = "";
+      if (token) {
+        sessionStorage.setItem("token", token);
         resolve();
       } else {
         reject(new ApiError("This server needs a token.", null, 401));
@@ -143,7 +160,7 @@ async function* serverEvents(response, onData) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await connected(reader.read());
     if (done) return;
     onData();
     const parts = (text + value).split("\n\n");
@@ -157,6 +174,7 @@ async function* serverEvents(response, onData) {
 
 // -------------------------------------------------------------------------------------------- jobs
 
+let isPreparing = false; // a request is being put together
 let running = null; // the Job that has not ended
 
 class Job {
@@ -185,7 +203,7 @@ class Job {
         return await act(() => { tries = 0; });
       } catch (error) {
         if (this.isCancelled) return undefined;
-        if (error instanceof ApiError && !error.isPassing) throw error;
+        if (!error.isPassing) throw error;
         showProgress(this, "Connection lost. Trying again\u2026");
         await this.pause(RETRY_S[Math.min(tries, RETRY_S.length - 1)]);
       }
@@ -207,7 +225,7 @@ class Job {
   async submit() {
     const signal = AbortSignal.timeout(60_000);
     const response = await call("PUT", this.path, { body: this.body, signal });
-    this.rows = (await response.json()).rows;
+    this.rows = (await connected(response.json())).rows;
   }
 
   /** Read the events of the job until it has ended or the connection is lost. */
@@ -230,14 +248,14 @@ class Job {
     } finally {
       clearTimeout(timer);
     }
-    throw new TypeError("the stream has ended before the job");
+    throw new ConnectionError("The stream has ended before the job.");
   }
 
   async take(event) {
     if (event.type === "error") {
       const { message, param, code } = event.error;
       // The server may have lost the job, and then takes it again: 404 if so.
-      const state = await (await call("GET", this.path)).json();
+      const state = await connected((await call("GET", this.path)).json());
       if (state.error) throw new ApiError(message, param, 500, code);
     } else if (event.type === "progress") {
       showProgress(this, null, event);
@@ -273,14 +291,17 @@ class Job {
 
 /** Draw what the form says. */
 async function generate() {
+  if (isPreparing || running !== null) return;
   clearErrors();
-  if (running !== null || !models.length) return;
+  isPreparing = true;
   let job;
   try {
     job = await newJob();
   } catch (error) {
     showError(error);
     return;
+  } finally {
+    isPreparing = false;
   }
   running = job;
   showRunning(job);
@@ -291,9 +312,9 @@ async function generate() {
     else finish(job);
   } catch (error) {
     restore();
-    const isLost = job.isCancelled && !(error instanceof ApiError);
+    const isAway = job.isCancelled && error instanceof ConnectionError;
     const text = "The server cannot be reached. The job may still run.";
-    if (isLost || !job.isCancelled) showError(isLost ? new ApiError(text) : error);
+    if (isAway || !job.isCancelled) showError(isAway ? new ApiError(text) : error);
   } finally {
     running = null;
     showRunning(null);
@@ -310,23 +331,21 @@ async function newJob() {
   body.set("partial_images", PREVIEWS);
   for (const name of FIELDS) {
     const value = settings[name];
-    if (!isShown(field(name)) || value === "") continue;
-    body.set(name, name === "labels" ? `[${value}]` : value);
+    if (value !== "") body.set(name, name === "labels" ? `[${value}]` : value);
   }
   const source = settings.kind === "generation" ? null : editor.snapshot();
   if (settings.kind !== "generation") await editor.addFiles(body);
   return new Job(body, settings, source, Number(settings.n) || 1);
 }
 
-/** The texts of all fields, by name. */
+/** The texts of all fields, by name; empty for those that do not apply. */
 function formSettings() {
   const settings = { kind: kind(), model: model().id };
   for (const name of FIELDS) {
     const input = form.elements[name];
-    if (input.validity.badInput) {
-      throw new ApiError("Give a number.", name);
-    }
-    settings[name] = input.value.trim();
+    const applies = isShown(field(name));
+    if (applies && input.validity.badInput) throw new ApiError("Give a number.", name);
+    settings[name] = applies ? input.value.trim() : "";
   }
   return settings;
 }
@@ -366,7 +385,8 @@ function showProgress(job, text, event = null) {
     find("#running-text").textContent = text;
     return;
   }
-  const time = event.seconds_left === null ? "" : ` \u00b7 about ${duration(event.seconds_left)} left`;
+  const left = event.seconds_left;
+  const time = left === null ? "" : ` \u00b7 about ${duration(left)} left`;
   const isBegun = event.place === 0 || job.shown >= 0; // a place may be older than a preview
   if (isBegun && job.rows) {
     job.share = Math.min(1, Math.max(job.share, event.computed_rows / job.rows));
@@ -437,8 +457,8 @@ function resultFigure(entry) {
   for (const [wanted, text] of [["edit", "Edit"], ["variation", "Variations"]]) {
     if (!kindsOf(model()).includes(wanted)) continue;
     const button = element("button", { type: "button" }, text);
-    button.setAttribute("aria-label", `${text} of image${number}`);
-    if (wanted === "edit") button.setAttribute("aria-label", `Edit image${number}`);
+    const name = wanted === "edit" ? `Edit image${number}` : `Variations of image${number}`;
+    button.setAttribute("aria-label", name);
     button.addEventListener("click", () => editImage(entry, wanted));
     buttons.append(button);
   }
@@ -447,10 +467,15 @@ function resultFigure(entry) {
 }
 
 function downloadLink(entry) {
-  const name = `${entry.facts.model}-${entry.facts.seed}-${entry.index}.png`;
+  const name = `${entry.facts.model}-${seedOf(entry)}-${entry.index}.png`;
   const link = element("a", { href: entry.url, download: name, className: "button" }, "Download");
   link.setAttribute("aria-label", `Download ${name}`);
   return link;
+}
+
+/** The seed of an image as a text: numbers of JavaScript have 53 bits. */
+function seedOf(entry) {
+  return entry.job.settings.seed || String(entry.facts.seed);
 }
 
 /** A short description of an image. */
@@ -462,12 +487,12 @@ function title(entry) {
   const kinds = { generation: "", edit: "Edit", variation: "Variation" };
   const words = [kinds[made], prompt, label].filter(Boolean).join(" \u00b7 ");
   const place = entry.job.count > 1 ? ` \u00b7 ${entry.index + 1} of ${entry.job.count}` : "";
-  return `${words || "Image"} \u00b7 seed ${entry.facts.seed}${place}`;
+  return `${words || "Image"} \u00b7 seed ${seedOf(entry)}${place}`;
 }
 
 function showFacts(job, seconds) {
   const { settings, images } = job;
-  const seed = images[0].facts.seed;
+  const seed = seedOf({ ...images[0], job });
   const used = models.find((one) => one.id === settings.model) ?? model();
   const parts = [`Seed ${seed}`, `${settings.steps || used.steps} steps`];
   if (settings.sampler) parts.push(SAMPLERS[settings.sampler] ?? settings.sampler);
@@ -500,7 +525,7 @@ async function imageBlob(url) {
 
 function addHistory(entries) {
   const list = find("#entries");
-  for (const entry of entries) {
+  for (const entry of entries.toReversed()) {
     const text = title(entry);
     const image = picture(entry.url, "");
     const button = element("button", { type: "button", title: text }, image);
@@ -521,8 +546,11 @@ function takeOver(entry) {
   if (models.some((one) => one.id === settings.model)) find("#model").value = settings.model;
   showModel();
   form.elements.kind.value = settings.kind;
-  for (const name of FIELDS) form.elements[name].value = settings[name];
-  form.elements.seed.value = entry.facts.seed;
+  for (const name of FIELDS) {
+    const isKept = name === "strength" && settings[name] === ""; // a slider is never empty
+    if (!isKept) form.elements[name].value = settings[name];
+  }
+  form.elements.seed.value = seedOf(entry);
   if (source !== null) editor.restore(source);
   showFields();
   if (running === null) {
@@ -631,7 +659,9 @@ const editor = {
       body.set("image", await this.cropped(), "image.png");
       return;
     }
-    if (!find("#too-small").hidden) throw new ApiError("The image is too small: extend it.", "image");
+    if (!find("#too-small").hidden) {
+      throw new ApiError("The image is too small: extend it.", "image");
+    }
     const { blob, canvas, isWhole } = this.source;
     if (this.hasMargins) { // transparent wherever it is to be painted
       body.set("image", await pngOf(this.composed(true)), "image.png");
@@ -682,7 +712,7 @@ const editor = {
   /** Paint, or erase, along a line of the picture. */
   paint(from, to) {
     const { canvas, mask } = this.source;
-    const value = find("input[name=tool]:checked").value === "brush" ? 1 : 0;
+    const value = tool() === "brush" ? 1 : 0;
     const steps = Math.max(1, Math.ceil(2 * Math.hypot(to.x - from.x, to.y - from.y)));
     for (let step = 0; step <= steps; step += 1) {
       const x = from.x + ((to.x - from.x) * step) / steps;
@@ -694,11 +724,12 @@ const editor = {
   /** The pixels that the brush covers at a point. */
   covered(x, y, { width, height }) {
     const radius = Number(find("#brush-size").value) / 2;
-    const found = [];
     const inside = (i, j) => Math.hypot(i + 0.5 - x, j + 0.5 - y) <= radius
       || (i === Math.floor(x) && j === Math.floor(y));
-    for (let j = Math.max(0, Math.floor(y - radius)); j < Math.min(height, y + radius + 1); j += 1) {
-      for (let i = Math.max(0, Math.floor(x - radius)); i < Math.min(width, x + radius + 1); i += 1) {
+    const first = (at) => Math.max(0, Math.floor(at - radius));
+    const found = [];
+    for (let j = first(y); j < Math.min(height, y + radius + 1); j += 1) {
+      for (let i = first(x); i < Math.min(width, x + radius + 1); i += 1) {
         if (inside(i, j)) found.push(j * width + i);
       }
     }
@@ -723,7 +754,8 @@ const editor = {
     context.drawImage(marked, margins.left, margins.top);
     if (this.cursor === null) return;
     const brush = new Set(this.covered(this.cursor.x, this.cursor.y, canvas));
-    context.drawImage(this.layer((at) => brush.has(at), BRUSH_COLOUR), margins.left, margins.top);
+    const covered = this.layer((at) => brush.has(at), BRUSH_COLOURS[tool()]);
+    context.drawImage(covered, margins.left, margins.top);
   },
 
   /** Show what belongs to the picture, after any change of it. */
@@ -732,14 +764,15 @@ const editor = {
     find("#tools").hidden = !has;
     find("#editor").classList.toggle("has-picture", has);
     find("#image").labels[0].textContent = has ? "Choose another image" : "Choose an image";
-    if (!has) return;
     const isEdit = kind() === "edit";
+    find("#editor-title").textContent = isEdit ? "Image to edit" : "Image to vary";
+    if (!has) return;
     for (const id of ["#mask-tools", "#margins", "#canvas-help"]) find(id).hidden = !isEdit;
     find("#frame").classList.toggle("fixed", !isEdit);
     find("#canvas").tabIndex = isEdit ? 0 : -1;
     for (const input of document.querySelectorAll("#margins input")) {
-      const value = String(this.source.margins[input.dataset.side]);
-      if (Number(input.value) !== Number(value)) input.value = value;
+      const value = this.source.margins[input.dataset.side];
+      if (Number(input.value) !== value) input.value = value; // leaves what is being typed
     }
     this.showSizes(isEdit);
     this.draw();
@@ -750,20 +783,23 @@ const editor = {
     const [wide, high] = this.modelSize();
     const { bitmap, scale } = this.source;
     const lacks = isEdit && (width < wide || height < high);
-    find("#canvas-size").textContent = isEdit
-      ? `${width} \u00d7 ${height} pixels`
-      : `Used at ${wide} \u00d7 ${high} pixels, cropped to the middle`;
+    const isCropped = !isEdit && (bitmap.width !== wide || bitmap.height !== high);
+    find("#canvas-size").textContent = isCropped
+      ? `Its middle is used, scaled to ${wide} \u00d7 ${high} pixels`
+      : `${width} \u00d7 ${height} pixels`;
     find("#too-small").hidden = !lacks;
     find("#too-small").textContent = !lacks ? "" : `This model edits images of at least ${wide} `
       + `\u00d7 ${high} pixels. Extend this one by ${Math.max(0, wide - width)} in width and `
       + `${Math.max(0, high - height)} in height.`;
     const isScalable = bitmap.width > wide && bitmap.height > high;
     find("#scaling").hidden = !(isEdit && isScalable);
-    const options = isScalable ? [["whole", [bitmap.width, bitmap.height]], ["fit", this.fitSize()]] : [];
-    find("#scale").replaceChildren(...options.map(([value, size]) => element(
-      "option", { value, selected: value === scale },
-      `${size.join(" \u00d7 ")} (${value === "whole" ? "as it is" : "scaled to the model"})`,
-    )));
+    const option = (value, size, note) => element(
+      "option", { value, selected: value === scale }, `${size.join(" \u00d7 ")} (${note})`,
+    );
+    find("#scale").replaceChildren(
+      option("whole", [bitmap.width, bitmap.height], "as it is"),
+      option("fit", this.fitSize(), "scaled to the model"),
+    );
   },
 
   showBrush() {
@@ -823,6 +859,10 @@ function listenToCanvas() {
   });
   canvas.addEventListener("keyup", (event) => {
     if (event.key === " ") editor.isPainting = false;
+  });
+  canvas.addEventListener("blur", () => {
+    Object.assign(editor, { isPainting: false, cursor: null });
+    if (isEdit()) editor.draw();
   });
 }
 
@@ -900,7 +940,7 @@ function listenToFiles() {
   });
 }
 
-// -------------------------------------------------------------------------------- models and fields
+// ------------------------------------------------------------------------------- models and fields
 
 /** The kinds of requests that a model takes. */
 function kindsOf(one) {
@@ -926,12 +966,15 @@ function showModel() {
   form.elements.labels.replaceChildren(...labels);
   const own = SAMPLERS[chosen.sampler] ?? chosen.sampler;
   const samplers = [element("option", { value: "" }, `Default (${own})`)];
-  for (const [value, name] of Object.entries(SAMPLERS)) samplers.push(element("option", { value }, name));
+  for (const [value, name] of Object.entries(SAMPLERS)) {
+    samplers.push(element("option", { value }, name));
+  }
   form.elements.sampler.replaceChildren(...samplers);
   form.elements.steps.placeholder = chosen.steps;
   form.elements.steps.max = chosen.num_steps;
   form.elements.guidance_scale.placeholder = chosen.guidance_scale;
   const colours = chosen.channels === 1 ? "grey" : "colour";
+  if (editor.source?.scale === "fit") editor.render("fit");
   find("#model-facts").textContent = `${chosen.size.replace("x", " \u00d7 ")} pixels, ${colours}`;
   showFields();
 }
@@ -957,10 +1000,10 @@ function showFields() {
 async function loadModels() {
   for (let tries = 0; !models.length; tries += 1) {
     try {
-      models = (await (await call("GET", "v1/models")).json()).data;
+      models = (await connected((await call("GET", "v1/models")).json())).data;
       notify(models.length ? "" : "The models are being loaded\u2026");
     } catch (error) {
-      if (error instanceof ApiError && !error.isPassing) {
+      if (!error.isPassing) {
         notify(error.message, error.status === 401);
         return;
       }
@@ -973,6 +1016,7 @@ async function loadModels() {
     ...models.map(({ id }) => element("option", { value: id }, id)),
   );
   find("#model").disabled = models.length < 2;
+  find("main").hidden = false;
   showModel();
 }
 
