@@ -114,7 +114,9 @@ def page(browser: Browser) -> Iterator[Page]:
     made.set_default_timeout(ENDS_MS)
     made.on("request", lambda request: urls.append(request.url))
     made.on("pageerror", lambda error: problems.append(str(error)))
-    made.on("console", lambda one: problems.append(one.text) if "policy" in one.text else None)
+    made.on(
+        "console", lambda one: problems.append(one.text) if "Security Policy" in one.text else None
+    )
     yield made
     context.close()
     assert not problems
