@@ -7,8 +7,8 @@ const RETRY_S = [0.5, 1, 2, 4, 8]; // pauses before a lost connection is tried a
 const MOST_ENTRIES = 100; // of the history
 const MOST_MARGIN = 2048; // pixels
 const LARGE = 4; // an image of more times the model's size is scaled down unless asked otherwise
-const MASK_COLOUR = [235, 0, 110, 150];
-const BRUSH_COLOURS = { brush: [235, 0, 110, 90], eraser: [255, 255, 255, 150] };
+const MASK_COLOUR = "rgb(235 0 110 / 0.6)";
+const BRUSH_COLOURS = { brush: "rgb(235 0 110 / 0.35)", eraser: "rgb(255 255 255 / 0.6)" };
 const SAMPLERS = {
   ddim: "DDIM",
   ancestral: "Ancestral (DDPM)",
@@ -506,7 +506,7 @@ function showFacts(job, seconds) {
   find("#facts").hidden = false;
 }
 
-/** Make an image the picture of the editor. */
+/** Edit a drawn image. */
 async function editImage(entry, wanted) {
   form.elements.kind.value = wanted;
   showFields();
@@ -562,10 +562,11 @@ function takeOver(entry) {
 
 // ------------------------------------------------------------------------------------------ editor
 
-/** The picture that is edited: its mask and its margins. */
+/** The image that is edited: its mask and its margins. */
 const editor = {
   source: null, // {blob, bitmap, canvas, isWhole, mask, margins, scale}
-  cursor: null, // {x, y} in pixels of the picture
+  overlay: null, // canvas of the size of the image, with MASK_COLOUR where the mask is 1
+  cursor: null, // {x, y} in pixels of the image
   isPainting: false,
 
   /** Open an image file. */
@@ -589,7 +590,7 @@ const editor = {
     return model().size.split("x").map(Number);
   },
 
-  /** Draw the picture at a scale: "whole", or "fit" for the model's size; the mask is emptied. */
+  /** Draw the image at a scale: "whole", or "fit" for the model's size; the mask is emptied. */
   render(scale) {
     const { bitmap } = this.source;
     const [width, height] = scale === "fit" ? this.fitSize() : [bitmap.width, bitmap.height];
@@ -607,7 +608,8 @@ const editor = {
     context.globalCompositeOperation = "destination-over"; // as the server does: on white
     context.fillStyle = "#fff";
     context.fillRect(0, 0, width, height);
-    Object.assign(this.source, { canvas, mask, scale, isWhole: scale === "whole" && isOpaque });
+    Object.assign(this.source, { canvas, scale, isWhole: scale === "whole" && isOpaque });
+    this.setMask(mask);
     const side = Math.min(width, height);
     const brush = find("#brush-size");
     brush.max = Math.max(2, Math.round(side / 2));
@@ -648,11 +650,12 @@ const editor = {
   },
 
   restore(source) {
-    this.source = { ...source, mask: source.mask.slice(), margins: { ...source.margins } };
+    this.source = { ...source, margins: { ...source.margins } };
+    this.setMask(source.mask);
     this.cursor = null;
   },
 
-  /** Add the files of the picture and its mask to the body of a request. */
+  /** Add the files of the image and its mask to the body of a request. */
   async addFiles(body) {
     if (this.source === null) throw new ApiError("Choose an image first.", "image");
     if (kind() === "variation") {
@@ -664,37 +667,30 @@ const editor = {
     }
     const { blob, canvas, isWhole } = this.source;
     if (this.hasMargins) { // transparent wherever it is to be painted
-      body.set("image", await pngOf(this.composed(true)), "image.png");
+      body.set("image", await pngOf(this.composed()), "image.png");
       return;
     }
     body.set("image", isWhole ? blob : await pngOf(canvas), "image.png");
-    if (this.isMarked) body.set("mask", await pngOf(this.composed(true)), "mask.png");
+    if (this.isMarked) body.set("mask", await pngOf(this.composed()), "mask.png");
   },
 
-  /** The picture with its margins, which are transparent; `isCut`: so is the painted part. */
-  composed(isCut) {
+  /** The image with its margins, which are transparent as the painted part is. */
+  composed() {
     const { canvas, margins, mask } = this.source;
     const made = element("canvas", this.size());
     const context = made.getContext("2d");
     context.drawImage(canvas, margins.left, margins.top);
-    if (!isCut) return made;
-    context.globalCompositeOperation = "destination-out";
-    const cut = this.layer((at) => mask[at] === 1, [0, 0, 0, 255]);
+    const { width, height } = canvas;
+    const known = new ImageData(width, height);
+    for (let at = 0; at < mask.length; at += 1) known.data[4 * at + 3] = mask[at] ? 0 : 255;
+    const cut = element("canvas", { width, height });
+    cut.getContext("2d").putImageData(known, 0, 0);
+    context.globalCompositeOperation = "destination-in";
     context.drawImage(cut, margins.left, margins.top);
     return made;
   },
 
-  /** A canvas of the size of the picture, with a colour where `has(at)`. */
-  layer(has, colour) {
-    const { width, height } = this.source.canvas;
-    const pixels = new ImageData(width, height);
-    for (let at = 0; at < width * height; at += 1) if (has(at)) pixels.data.set(colour, 4 * at);
-    const made = element("canvas", { width, height });
-    made.getContext("2d").putImageData(pixels, 0, 0);
-    return made;
-  },
-
-  /** The middle of the picture at the model's size, as variations need it. */
+  /** The middle of the image at the model's size, as variations need it. */
   async cropped() {
     const [width, height] = this.modelSize();
     const { blob, bitmap, isWhole } = this.source;
@@ -709,16 +705,38 @@ const editor = {
     return pngOf(made);
   },
 
-  /** Paint, or erase, along a line of the picture. */
+  /** Paint, or erase, along a line of the image. */
   paint(from, to) {
     const { canvas, mask } = this.source;
     const value = tool() === "brush" ? 1 : 0;
-    const steps = Math.max(1, Math.ceil(2 * Math.hypot(to.x - from.x, to.y - from.y)));
+    const spacing = Math.max(0.5, Number(find("#brush-size").value) / 8);
+    const steps = Math.max(1, Math.ceil(Math.hypot(to.x - from.x, to.y - from.y) / spacing));
     for (let step = 0; step <= steps; step += 1) {
       const x = from.x + ((to.x - from.x) * step) / steps;
       const y = from.y + ((to.y - from.y) * step) / steps;
-      for (const at of this.covered(x, y, canvas)) mask[at] = value;
+      for (const at of this.covered(x, y, canvas)) {
+        if (mask[at] !== value) this.mark(at, value);
+      }
     }
+  },
+
+  /** Set a pixel of the mask. */
+  mark(at, value) {
+    const { mask, canvas } = this.source;
+    const context = this.overlay.getContext("2d");
+    mask[at] = value;
+    context.fillStyle = MASK_COLOUR;
+    const pixel = [at % canvas.width, Math.floor(at / canvas.width), 1, 1];
+    if (value) context.fillRect(...pixel);
+    else context.clearRect(...pixel);
+  },
+
+  /** Take another mask: 1 where the image is to be painted. */
+  setMask(mask) {
+    const { width, height } = this.source.canvas;
+    this.overlay = element("canvas", { width, height });
+    this.source.mask = new Uint8Array(mask.length);
+    for (let at = 0; at < mask.length; at += 1) if (mask[at]) this.mark(at, 1);
   },
 
   /** The pixels that the brush covers at a point. */
@@ -736,29 +754,30 @@ const editor = {
     return found;
   },
 
-  /** Show the picture, its mask, its margins and the brush. */
+  /** Show the image, its mask, its margins and the brush. */
   draw() {
     const shown = find("#canvas");
-    const { canvas, mask, margins } = this.source;
+    const { canvas, margins } = this.source;
     const { width, height } = this.size();
-    Object.assign(shown, { width, height });
+    Object.assign(shown, { width, height }); // which empties it
     const room = find("#stage").clientWidth - 48; // handles on both sides
     const scale = Math.min(room / width, 420 / height);
     shown.style.width = `${width * scale}px`;
     shown.style.height = `${height * scale}px`;
     shown.classList.toggle("pixels", scale > 1);
     const context = shown.getContext("2d");
-    context.drawImage(this.composed(false), 0, 0);
+    context.translate(margins.left, margins.top);
+    context.drawImage(canvas, 0, 0);
     if (kind() !== "edit") return;
-    const marked = this.layer((at) => mask[at] === 1, MASK_COLOUR);
-    context.drawImage(marked, margins.left, margins.top);
+    context.drawImage(this.overlay, 0, 0);
     if (this.cursor === null) return;
-    const brush = new Set(this.covered(this.cursor.x, this.cursor.y, canvas));
-    const covered = this.layer((at) => brush.has(at), BRUSH_COLOURS[tool()]);
-    context.drawImage(covered, margins.left, margins.top);
+    context.fillStyle = BRUSH_COLOURS[tool()];
+    for (const at of this.covered(this.cursor.x, this.cursor.y, canvas)) {
+      context.fillRect(at % canvas.width, Math.floor(at / canvas.width), 1, 1);
+    }
   },
 
-  /** Show what belongs to the picture, after any change of it. */
+  /** Show what belongs to the image, after any change of it. */
   show() {
     const has = this.source !== null;
     find("#tools").hidden = !has;
@@ -806,7 +825,7 @@ const editor = {
     find("#brush-size + output").value = find("#brush-size").value;
   },
 
-  /** The point of the picture under a pointer. */
+  /** The point of the image under a pointer. */
   point(event) {
     const box = find("#canvas").getBoundingClientRect();
     const { width, height } = this.size();
@@ -844,9 +863,9 @@ function listenToCanvas() {
   for (const name of ["pointerup", "pointercancel"]) {
     canvas.addEventListener(name, (event) => {
       editor.isPainting = false;
-      if (!isEdit() || event.pointerType === "mouse") return;
-      editor.cursor = null; // a finger has left
-      editor.draw();
+      if (!isEdit()) return;
+      if (event.pointerType !== "mouse") editor.cursor = null; // a finger has left
+      showFields();
     });
   }
   canvas.addEventListener("pointerleave", () => {
@@ -1040,7 +1059,7 @@ function listen() {
   });
   find("#brush-size").addEventListener("input", () => editor.showBrush());
   find("#clear-mask").addEventListener("click", () => {
-    editor.source.mask.fill(0);
+    editor.setMask(new Uint8Array(editor.source.mask.length));
     showFields();
   });
   find("#scale").addEventListener("change", (event) => {
