@@ -452,6 +452,27 @@ def test_an_error_is_shown_at_its_field(
     expect(page.locator("#entries button")).to_have_count(4 if name == "Images" else 2)
 
 
+def test_an_error_of_no_field_is_shown_at_the_button(page: Page, server: Server) -> None:
+    opened(page, server)
+    busy = {"error": {"message": "try again in 7 s", "param": None, "code": None}}
+    page.route("**/v1/jobs/*", lambda route: route.fulfill(status=429, json=busy))
+    generate(page)
+    expect(page.locator("[data-field=other]").get_by_role("alert")).to_have_text("try again in 7 s")
+    page.unroute("**/v1/jobs/*")
+    generate(page)
+    result(page)
+
+
+def test_a_server_that_loads_its_models_is_waited_for(page: Page, server: Server) -> None:
+    ways = iter([lambda route: route.abort(), lambda route: route.fulfill(json={"data": []})])
+    page.route("**/v1/models", lambda route: next(ways, Route.continue_)(route))
+    page.goto(server.url)
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    expect(page.get_by_role("alert")).to_contain_text("being loaded")
+    expect(page.locator("#model-facts")).not_to_be_empty()
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
 def test_a_file_that_is_no_image_is_refused(page: Page, server: Server) -> None:
     opened(page, server)
     page.get_by_label("Edit", exact=True).check()
