@@ -6,6 +6,7 @@ const SILENT_S = 40; // the server writes every 15 s; a longer silence is a lost
 const RETRY_S = [0.5, 1, 2, 4, 8]; // pauses before a lost connection is tried again
 const MOST_ENTRIES = 100; // of the history
 const MOST_MARGIN = 2048; // pixels
+const MOST_PIXELS = 2 ** 24; // of an image that is edited as it is
 const LARGE = 4; // an image of more times the model's size is scaled down unless asked otherwise
 const MASK_COLOUR = "rgb(235 0 110 / 0.6)";
 const BRUSH_COLOURS = { brush: "rgb(235 0 110 / 0.35)", eraser: "rgb(255 255 255 / 0.6)" };
@@ -572,17 +573,16 @@ const editor = {
   /** Open an image file. */
   async open(blob, name) {
     clearErrors();
-    try {
-      const how = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
-      const bitmap = await createImageBitmap(blob, how);
-      const margins = { left: 0, top: 0, right: 0, bottom: 0 };
-      this.source = { blob, bitmap, margins };
-      const [width, height] = this.modelSize();
-      const isLarge = bitmap.width > LARGE * width || bitmap.height > LARGE * height;
-      this.render(isLarge ? "fit" : "whole");
-    } catch {
-      showError(new ApiError(`${name || "The file"} is not an image that can be read.`, "image"));
+    const how = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
+    const bitmap = await createImageBitmap(blob, how).catch(() => null);
+    if (bitmap === null) {
+      showError(new ApiError(`${name} is not an image that can be read.`, "image"));
+      return;
     }
+    this.source = { blob, bitmap, margins: { left: 0, top: 0, right: 0, bottom: 0 } };
+    const [width, height] = this.modelSize();
+    const isLarge = bitmap.width > LARGE * width || bitmap.height > LARGE * height;
+    this.render(isLarge ? "fit" : "whole");
     showFields();
   },
 
@@ -815,10 +815,11 @@ const editor = {
     const option = (value, size, note) => element(
       "option", { value, selected: value === scale }, `${size.join(" \u00d7 ")} (${note})`,
     );
-    find("#scale").replaceChildren(
-      option("whole", [bitmap.width, bitmap.height], "as it is"),
-      option("fit", this.fitSize(), "scaled to the model"),
-    );
+    const options = [option("fit", this.fitSize(), "scaled to the model")];
+    if (bitmap.width * bitmap.height <= MOST_PIXELS) {
+      options.unshift(option("whole", [bitmap.width, bitmap.height], "as it is"));
+    }
+    find("#scale").replaceChildren(...options);
   },
 
   showBrush() {
