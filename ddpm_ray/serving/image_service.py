@@ -26,6 +26,7 @@ class ServiceSettings:
     """Limits of the service."""
 
     max_queued_s: float = 60.0  # of accepted work, at the measured rate
+    max_job_s: float = 600.0  # of one job, at that rate
     requests: RequestLimits = field(default_factory=RequestLimits)
 
 
@@ -49,6 +50,7 @@ class ImageService:
         cost = job_plan.cost(model)
         if cost.megapixels > affordable * (1 + 1e-6):
             raise UnaffordableError(cost.megapixels)
+        self._require_short(cost.rows, engine.load[1])
         try:
             QueueLimit(self.settings.max_queued_s, lambda: engine.load).require_room(cost.rows)
         except OverloadedError as error:
@@ -68,3 +70,12 @@ class ImageService:
         }
         accepted = Accepted(served.source, facts, cost.rows, cost.megapixels)
         return ImageJob(job, cost.rows, facts, made), accepted
+
+    def _require_short(self, rows: int, rate: float) -> None:
+        """Raise RequestError for a job that takes longer than max_job_s."""
+        limit_s = self.settings.max_job_s
+        if rate and rows / rate > limit_s:
+            raise RequestError(
+                f"this takes about {rows / rate:.1f} s of network calls, and a request has at most "
+                f"{limit_s:g} s: take fewer steps or images, or a smaller canvas"
+            )

@@ -55,6 +55,7 @@ class JobProgress:
     place: int  # among the jobs that wait, from 1; 0: it has begun
     seconds_left: float | None
     computed: int  # rows of network calls
+    rows: int = 0  # in all; 0: unknown yet
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class LoadedModel:
         model, takes = self.model, self.model.denoiser.takes
         height, width, channels = model.drawn_shape
         edits, settings = isinstance(model, TrainedModel), model.settings
-        names = model.label_names
+        names, has_text = model.label_names, takes.tokenizer is not None
         return {
             "id": self.name,
             "object": "model",
@@ -52,11 +52,12 @@ class LoadedModel:
             "source": self.source,
             "weights_sha256": model.provenance.get("weights_sha256"),
             "size": f"{width}x{height}",
+            "edited_size": "{1}x{0}".format(*model.image_size),
             "channels": channels,
-            "takes_text": not edits or takes.tokenizer is not None,
+            "takes_text": not edits or has_text,
             "num_classes": takes.num_classes,
             "label_names": None if names is None else list(names),
-            "guidance": takes.num_classes > 0 or takes.tokenizer is not None,
+            "guidance": model.drops_labels and (takes.num_classes > 0 or has_text),
             "edits": edits,
             "variations": takes.image_encoder is not None,
             "num_steps": model.denoiser.schedule.num_steps,

@@ -66,7 +66,8 @@ class Worker:
 
 async def _events(job: ImageJob, inbox: Inbox) -> AsyncGenerator[Event, None]:
     """Yield what comes to the inbox, and now and then how far the job is."""
-    shown: JobProgress | None = None
+    shown = _progress(job)
+    yield shown
     while True:
         try:
             event = await asyncio.wait_for(inbox.get(), PROGRESS_S)
@@ -85,7 +86,7 @@ async def _events(job: ImageJob, inbox: Inbox) -> AsyncGenerator[Event, None]:
 
 
 def _progress(job: ImageJob) -> JobProgress:
-    return JobProgress(job.job.place, job.job.seconds_left, job.job.computed)
+    return JobProgress(job.job.place, job.job.seconds_left, job.job.computed, job.rows)
 
 
 def _watch(

@@ -195,6 +195,16 @@ def test_too_much_work_is_refused_with_a_time(model: TrainedModel) -> None:
             running.files("png", ENDS_S)
 
 
+def test_a_job_that_takes_too_long_is_an_error(model: TrainedModel) -> None:
+    """Also for an idle engine, which takes any other job."""
+    with served({"digits": model}) as models:
+        service = ImageService(models, ServiceSettings(max_job_s=1e-6))
+        drawn(service, ImageRequest(), steps=2).files("png", ENDS_S)  # the rate is unknown before
+        with pytest.raises(RequestError, match=r"takes about .* take fewer steps") as refused:
+            drawn(service, ImageRequest(), steps=20)
+        assert refused.value.status == 400
+
+
 def test_a_job_that_a_client_cannot_pay_is_not_begun(
     service: ImageService, model: TrainedModel
 ) -> None:

@@ -24,7 +24,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 
 from ddpm_ray.serving.http.access import Access, clients_of
 from ddpm_ray.serving.http.http_server import HttpSettings
-from ddpm_ray.serving.orders import Draw, Event, Order
+from ddpm_ray.serving.orders import Draw, Event, ImageOrder
 from tests.limits import ENDS_S
 from tests.serving.local_server import local_server, served
 from tests.serving.page_model import Gate, PageModels
@@ -57,10 +57,10 @@ class Server:
 
     url: str
     gate: Gate
-    orders: list[Order] = field(default_factory=list)
+    orders: list[ImageOrder] = field(default_factory=list)
 
     def recorded(self, draw: Draw) -> Draw:
-        def drawn(order: Order, source: str, affordable: float) -> AsyncGenerator[Event, None]:
+        def drawn(order: ImageOrder, source: str, affordable: float) -> AsyncGenerator[Event, None]:
             self.orders.append(order)
             return draw(order, source, affordable)
 

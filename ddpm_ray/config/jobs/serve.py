@@ -35,6 +35,9 @@ class LimitsConfig:
     max_queued_s: float = option(
         60, "accepted work of a process, in seconds at its measured rate; more is refused", above=0
     )
+    max_job_s: float = option(
+        600, "seconds of one request at that rate; a longer one is an error", above=0
+    )
     max_steps: int = option(1000, "sampling steps of a request", at_least=1)
     max_pixels: int = option(4_194_304, "pixels of an uploaded image or mask", at_least=1)
     max_body_mb: float = option(20, "megabytes of a request", above=0)

@@ -105,14 +105,14 @@ def progress_fields(progress: JobProgress) -> dict[str, Any]:
         "place": progress.place,
         "seconds_left": None if left is None else round(left, 1),
         "computed_rows": progress.computed,
+        "rows": progress.rows or None,
     }
 
 
 def job_fields(job_id: str, report: JobReport, answer: Answer) -> dict[str, Any]:
     """The JSON of a job."""
     fields = {"id": job_id, "object": "job", "status": report.state, "kind": answer.kind}
-    rows = answer.accepted.rows if answer.accepted else None
-    fields |= progress_fields(report.progress) | {"rows": rows}
+    fields |= progress_fields(report.progress)
     if answer.finished is not None:
         fields |= answer.images()
     for event in report.events:

@@ -86,6 +86,13 @@ def page_routes(server: HttpServer) -> APIRouter:
 
 def _page_file(name: str) -> Response:
     text = resources.files("ddpm_ray.serving.http").joinpath("page", name).read_text("utf-8")
-    policy = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"
-    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+    policy = (
+        "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
+        "base-uri 'none'; form-action 'self'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",  # a newer server has a newer page
+    }
     return Response(text, media_type=MEDIA[name.rpartition(".")[2]], headers=headers)

@@ -66,7 +66,9 @@ def painter_models(setup: ServerSetup) -> ServedModels:
 def painter_service(config: ServeConfig, models: ServedModels) -> ImageService:
     """The service of these models, with the configured limits."""
     limits = RequestLimits(config.limits.max_steps, config.limits.max_pixels)
-    return ImageService(models, ServiceSettings(config.limits.max_queued_s, limits))
+    return ImageService(
+        models, ServiceSettings(config.limits.max_queued_s, config.limits.max_job_s, limits)
+    )
 
 
 def _profiled(served: LoadedModel, most: int) -> int:
