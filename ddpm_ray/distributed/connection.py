@@ -27,12 +27,19 @@ LOCAL_ENVIRONMENT = {
 }
 
 
-def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
+def connect(
+    address: str,
+    cpus: float = 0,
+    gpus: float = 0,
+    options: tuple[str, str] = ("cluster.address", "cluster.gpus_per_worker"),
+) -> None:
     """Join the cluster at `address` or $RAY_ADDRESS; if both are empty, start a local Ray.
 
     A local Ray is started with at least `cpus` logical CPUs. Raises RunFailedError where it does
-    not start or has fewer than `gpus`, or where no Ray answers at the address.
+    not start or has fewer than `gpus`, or where no Ray answers at the address. `options` are the
+    keys of address and GPUs, for these errors.
     """
+    of_address, of_gpus = options
     for key, value in TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if ray.is_initialized():
@@ -44,7 +51,7 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
                 ray.init(address=address, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise RunFailedError(
-                f"cluster.address: no Ray answers at {address} ({' '.join(str(error).split())}); "
+                f"{of_address}: no Ray answers at {address} ({' '.join(str(error).split())}); "
                 f"start it with `ray start --head`, or leave it empty for a local Ray"
             ) from error
         return
@@ -59,11 +66,11 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
         text = " ".join(str(error).split()) or type(error).__name__
         raise RunFailedError(
             f"Ray did not start on this machine ({text}); free CPU time and memory, or name a "
-            f"running cluster in cluster.address"
+            f"running cluster in {of_address}"
         ) from error
     found = ray.available_resources().get("GPU", 0)
     if gpus > found:
         raise RunFailedError(
-            f"cluster.gpus_per_worker: the workers need {counted(gpus, 'GPU')}, this machine "
-            f"has {found:g}; set it to 0 to train on CPUs, or name a cluster in cluster.address"
+            f"{of_gpus}: the workers need {counted(gpus, 'GPU')}, this machine has {found:g}; "
+            f"set it to 0 to use CPUs, or name a cluster in {of_address}"
         )

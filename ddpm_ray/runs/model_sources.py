@@ -1,4 +1,4 @@
-"""Models for a server: what a URI means now, and the model of that."""
+"""Models for a server: their URIs, as they are now, and the models themselves."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ class ModelSources:
         self._home, self._tracking_uri, self._device = home, tracking_uri, device
 
     def source(self, uri: str) -> str:
-        """The URI of the weights that `uri` means now, which always means the same weights.
+        """The version that an alias in the registry means now; other URIs as they are.
 
-        An alias in the registry is a version, a run its newest checkpoint; other URIs are returned
-        as they are. Raises TrackingError, StorageError.
+        Raises TrackingError.
         """
         if uri.startswith("models:/") and "@" in uri:
             from ddpm_ray.tracking import model_registry  # imports MLflow, which takes seconds
 
             return model_registry.version_uri(self._tracking_uri, uri)
+        return uri
+
+    def pinned(self, uri: str) -> str:
+        """The newest checkpoint of a run's folder, so that all processes load the same weights.
+
+        Other URIs are returned as they are: names in the registry are followed by `source`. Raises
+        StorageError.
+        """
         if uri.startswith(IN_MLFLOW):
             return uri
         try:

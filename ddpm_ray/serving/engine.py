@@ -21,17 +21,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion.conditioning import Conditioning, Network
 from ddpm_ray.serving.engine_task import EngineJob, JobCancelledError, Task
 from ddpm_ray.serving.shared_calls import (
-    CallRows,
     Model,
     NetworkCall,
-    computed_rows,
+    gpu_fault,
     next_batch,
+    outputs_of,
     with_shared_networks,
 )
 
@@ -77,7 +76,8 @@ class Engine:
         self._running: set[Task] = set()
         self._closed = ""  # why; empty: it is open
         self._rows, self._seconds = 0.0, 0.0  # of recent batches
-        self._begun_s: float | None = None  # when the network call that runs began
+        self._moved_s = 0.0  # when a job or a network call last began or ended
+        self._fault = ""  # why no network call succeeds any longer
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -98,7 +98,8 @@ class Engine:
 
         `cost` is the number of network rows that it will take (costs.py). Among the jobs that wait,
         and among their calls, the one with the earliest deadline comes first: the time of its
-        submission and `allowance_s`. So a short job may pass a long one, and none waits for ever.
+        submission and `allowance_s`. With the time that a job takes alone, a short job passes a
+        long one, and none waits for ever.
         Raises RuntimeError after `close`, and in a job: it would wait for room that it takes.
         """
         if getattr(self._here, "task", None) is not None:
@@ -150,10 +151,15 @@ class Engine:
             return left, self._rows / self._seconds if self._seconds else 0.0
 
     @property
-    def busy_s(self) -> float:
-        """Seconds since the network call that runs began; 0: none runs."""
-        begun_s = self._begun_s
-        return 0.0 if begun_s is None else time.monotonic() - begun_s
+    def stalled_s(self) -> float:
+        """Seconds since a job or a network call began or ended; 0 where no job runs."""
+        with self._lock:
+            return time.monotonic() - self._moved_s if self._running else 0.0
+
+    @property
+    def fault(self) -> str:
+        """Why no job succeeds any longer; empty: none is known. A new process is needed then."""
+        return self._fault
 
     def close(self) -> None:
         """Cancel all jobs, and wait for their end, at most EXIT_S."""
@@ -214,6 +220,7 @@ class Engine:
                 return None
             self._queue.remove(task)
             self._running.add(task)
+            self._moved_s = time.monotonic()
             return task
 
     def _work(self, task: Task) -> None:
@@ -224,6 +231,7 @@ class Engine:
         finally:
             with self._lock:
                 self._running.discard(task)
+                self._moved_s = time.monotonic()
             self._inbox.put((task, None))
             self._start_tasks()
 
@@ -239,7 +247,7 @@ class Engine:
                     self._compute_batch()
             except BaseException as error:
                 log.exception("the engine has failed")
-                why = f"the engine has failed ({type(error).__name__}: {error})"
+                self._fault = why = f"the engine has failed ({type(error).__name__}: {error})"
                 for task in self._close(why):
                     task.end(RuntimeError(why))
 
@@ -263,9 +271,11 @@ class Engine:
         """
         of = {call: task for task, call in self._calls.items()}
         rows = next_batch(of, self.settings.width)
-        self._begun_s = begun_s = time.monotonic()
-        outputs = self._outputs(rows)
-        self._begun_s, took_s = None, time.monotonic() - begun_s
+        self._moved_s = begun_s = time.monotonic()
+        outputs = outputs_of(rows, self.settings.width if self.settings.exact else None)
+        self._moved_s = time.monotonic()
+        took_s = self._moved_s - begun_s
+        self._fault = self._fault or gpu_fault(outputs)
         with self._lock:
             self.batches += 1
             self._rows = RATE_DECAY * self._rows + sum(one.length for one in rows)
@@ -288,17 +298,6 @@ class Engine:
         while not task.is_slow and (left_s := until_s - time.monotonic()) > 0:
             if self._read(left_s) is task:
                 return
-
-    def _outputs(self, rows: list[CallRows]) -> list[Tensor | BaseException]:
-        """The output of the rows of each call; its own error for one that fails alone as well."""
-        width = self.settings.width if self.settings.exact else None
-        with torch.inference_mode():
-            try:
-                return [*computed_rows(rows, width)]
-            except BaseException as error:  # noqa: BLE001 - the job raises it
-                if len(rows) == 1:
-                    return [error]
-            return [output for one in rows for output in self._outputs([one])]
 
     def _end_stopped(self) -> None:
         """Raise JobCancelledError in the jobs that wait and are to end."""

@@ -75,6 +75,11 @@ class TaskRunner(Protocol):
         """The number of jobs that wait and begin before it, and 1; 0 for one that has begun."""
         ...
 
+    @property
+    def fault(self) -> str:
+        """Why no job succeeds any longer; empty: none is known."""
+        ...
+
     def seconds_left(self, task: Task) -> float | None:
         """Estimate when it ends; None if no rate is known."""
         ...
@@ -95,6 +100,11 @@ class EngineJob(Generic[T]):
     def done(self) -> bool:
         """Whether it has ended: with a result, an error or because it was cancelled."""
         return self._task.outcome.done()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no job of its engine succeeds any longer: another process may run it."""
+        return bool(self._engine.fault)
 
     def result(self, timeout_s: float | None = None) -> T:
         """Wait for its result; raises its error, JobCancelledError, or TimeoutError."""

@@ -65,6 +65,7 @@ class Previewer:
     ) -> None:
         self._model, self._made, self._seen = model, made, 0
         self._due: dict[int, int] = {}
+        count = min(count, steps)
         for number in range(count):
             self._due[number * steps // count] = number
 

@@ -18,6 +18,9 @@ from ddpm_ray.serving.request_errors import RequestError
 
 MOST_PROMPT = 4000  # characters
 MOST_SIDE = 4096  # pixels
+MOST_NAME = 256  # characters of other texts
+MOST_LABELS = 10  # as many as images
+MOST_GUIDANCE = 1000.0
 EXTENSIONS = (  # of SamplingSettings
     "seed",
     "steps",
@@ -31,6 +34,11 @@ EXTENSIONS = (  # of SamplingSettings
 )
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _TEXTS = ("sampler", "spacing", "negative_prompt")  # of EXTENSIONS; the others are numbers
+UPLOADS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of a kind: needed, possible
+    "generation": ((), ()),
+    "edit": (("image",), ("image", "mask")),
+    "variation": (("image",), ("image",)),
+}
 Request = TypeVar("Request", bound="ImageRequest")
 
 
@@ -102,6 +110,8 @@ def parsed_request(
     for problem in (*out_of_range(request), *_problems(request, is_job)):
         raise RequestError(problem, named_field(problem))
     settings = {k: v for k, v in values.items() if k in EXTENSIONS and v is not None}
+    for problem in _large_settings(settings):
+        raise RequestError(problem, named_field(problem))
     return request, settings
 
 
@@ -132,6 +142,11 @@ def _problems(request: ImageRequest, is_job: bool) -> list[str]:
         found.append(
             f"prompt has {len(request.prompt)} characters; it must have at most {MOST_PROMPT}"
         )
+    found += [
+        f"{name} is longer than {MOST_NAME} characters"
+        for name in ("model", "user")
+        if len(getattr(request, name)) > MOST_NAME
+    ]
     size = request.wanted_size
     if request.size != "auto" and size is None:
         found.append(f"size is {shown(request.size)}; give WIDTHxHEIGHT, as 64x64, or auto")
@@ -139,6 +154,21 @@ def _problems(request: ImageRequest, is_job: bool) -> list[str]:
         found.append(f"size is {request.size}; each side must have at most {MOST_SIDE} pixels")
     if request.partial_images and not (request.stream or is_job):
         found.append(f"partial_images is {request.partial_images}; previews need stream=true")
+    return found
+
+
+def _large_settings(settings: Mapping[str, Any]) -> list[str]:
+    """Lines for settings that are larger than any use; the model checks all else."""
+    found = []
+    labels, negative = settings.get("labels"), settings.get("negative_prompt")
+    if isinstance(labels, list) and len(labels) > MOST_LABELS:
+        found.append(f"labels has {len(labels)} entries; give at most {MOST_LABELS}")
+    if isinstance(negative, str) and len(negative) > MOST_PROMPT:
+        found.append(f"negative_prompt is longer than {MOST_PROMPT} characters")
+    for name, most in (("seed", 2**64 - 1), ("guidance_scale", MOST_GUIDANCE)):
+        value = settings.get(name)
+        if isinstance(value, int | float) and value > most:
+            found.append(f"{name} is too large; it must be at most {most:g}")
     return found
 
 

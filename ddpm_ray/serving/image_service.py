@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import queue
 from dataclasses import dataclass, field
-from typing import Any
 
 from ddpm_ray.serving.image_jobs import ImageJob, Preview, Previewer
 from ddpm_ray.serving.job_plans import RequestLimits, planned
 from ddpm_ray.serving.limits import OverloadedError, QueueLimit
 from ddpm_ray.serving.orders import Accepted, ImageOrder
-from ddpm_ray.serving.request_errors import RequestError
+from ddpm_ray.serving.request_errors import RequestError, overloaded
 from ddpm_ray.serving.served_models import ServedModels
+
+WEIGHTS = ("step", "weights_sha256", "prior_sha256", "upsamplers_sha256")  # of the provenance
+DEFAULT_ALLOWANCE_S = 10.0  # of a job while the rate is not known
 
 
 class UnaffordableError(Exception):
@@ -41,7 +43,8 @@ class ImageService:
     ) -> tuple[ImageJob, Accepted]:
         """Begin a job, with the model of its name, or with that at `source`.
 
-        Raises RequestError (429 where there is no room for it), and UnaffordableError.
+        A job with a source was accepted before, by a process that was lost: there is room for it in
+        any case. Raises RequestError (429 where there is no room), and UnaffordableError.
         """
         request = order.request
         served = self.models.of_name(request.model, source)
@@ -50,24 +53,23 @@ class ImageService:
         cost = job_plan.cost(model)
         if cost.megapixels > affordable * (1 + 1e-6):
             raise UnaffordableError(cost.megapixels)
-        self._require_short(cost.rows, engine.load[1])
-        try:
-            QueueLimit(self.settings.max_queued_s, lambda: engine.load).require_room(cost.rows)
-        except OverloadedError as error:
-            headers = {"Retry-After": str(error.retry_after_s)}
-            raise RequestError(str(error), status=429, headers=headers) from error
+        _, rate = engine.load
+        if not source:
+            self._require_short(cost.rows, rate)
+            try:
+                QueueLimit(self.settings.max_queued_s, lambda: engine.load).require_room(cost.rows)
+            except OverloadedError as error:
+                raise overloaded(error.reason, error.seconds) from error
         made: queue.SimpleQueue[Preview | None] = queue.SimpleQueue()
         show = Previewer(model, request.partial_images, job_plan.shown_steps, made)
         job = engine.submit(
-            lambda: job_plan.act(model, show), images=job_plan.images, cost=cost.rows
+            lambda: job_plan.act(model, show),
+            images=job_plan.images,
+            cost=cost.rows,
+            allowance_s=cost.rows / rate if rate else DEFAULT_ALLOWANCE_S,
         )
-        facts: dict[str, Any] = {"model": served.name, "prompt": request.prompt}
-        facts |= {k: v for k, v in job_plan.chosen.items() if k not in ("prompts", "batch_size")}
-        facts |= {
-            key: model.provenance[key]
-            for key in ("checkpoint", "weights_sha256", "prior_sha256", "upsamplers_sha256")
-            if key in model.provenance
-        }
+        facts = {"model": served.name, "kind": order.kind, **job_plan.facts}
+        facts |= {key: model.provenance[key] for key in WEIGHTS if key in model.provenance}
         accepted = Accepted(served.source, facts, cost.rows, cost.megapixels)
         return ImageJob(job, cost.rows, facts, made), accepted
 

@@ -16,7 +16,7 @@ from ddpm_ray.sampling.editing import Painting
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, sampling_plan
 from ddpm_ray.serving.costs import JobCost, called_steps, job_cost
-from ddpm_ray.serving.image_requests import EditRequest, ImageRequest, named_field
+from ddpm_ray.serving.image_requests import EXTENSIONS, EditRequest, ImageRequest, named_field
 from ddpm_ray.serving.orders import ImageOrder
 from ddpm_ray.serving.request_errors import RequestError
 from ddpm_ray.serving.uploads import Canvas, read_canvas
@@ -30,6 +30,9 @@ class RequestLimits:
 
     max_steps: int = 1000
     max_pixels: int = 4_194_304  # of an uploaded image
+    max_windows: int = (
+        1024  # of the canvas of an edit, times its images: they are in memory at once
+    )
 
 
 class JobPlan(NamedTuple):
@@ -37,9 +40,10 @@ class JobPlan(NamedTuple):
 
     chosen: dict[str, Any]  # settings of the call
     plan: SamplingPlan
-    called: list[int]  # steps of network calls
+    called: list[int]  # the step of each network call, in turn
     images: int  # rows of a call without guidance
     act: Act
+    facts: dict[str, Any]  # how the images are drawn: enough to draw them again
 
     def cost(self, model: DrawingModel) -> JobCost:
         """The network calls that it takes."""
@@ -91,12 +95,12 @@ def _generation(
         )
     if isinstance(model, Cascade) and not request.prompt:
         raise RequestError(f"prompt is empty, and {name} needs a text", "prompt")
-    chosen, plan = _chosen(request, settings, model, limits)
+    chosen, plan, facts = _chosen(request, settings, model, limits)
 
     def act(model: DrawingModel, on_step: OnStep) -> Images:
         return model.sample(request.n, on_step=on_step, **chosen)
 
-    return JobPlan(chosen, plan, called_steps(model.denoiser, plan), request.n, act)
+    return JobPlan(chosen, plan, called_steps(model.denoiser, plan), request.n, act, facts)
 
 
 def _variation(
@@ -120,13 +124,13 @@ def _variation(
             "image by an edit without a mask",
             "model",
         )
-    chosen, plan = _chosen(request, settings, model, limits)
+    chosen, plan, facts = _chosen(request, settings, model, limits)
 
     def act(model: DrawingModel, on_step: OnStep) -> Images:
         assert isinstance(model, TrainedModel | Cascade)
         return model.variations(canvas.pixels[None], per_image=request.n, on_step=on_step, **chosen)
 
-    return JobPlan(chosen, plan, called_steps(model.denoiser, plan), request.n, act)
+    return JobPlan(chosen, plan, called_steps(model.denoiser, plan), request.n, act, facts)
 
 
 def _edit(
@@ -140,7 +144,7 @@ def _edit(
     windows, known = _windows(model, canvas), canvas.known
     images = np.repeat(canvas.pixels[None], request.n, axis=0)
     if known is None:
-        chosen, plan = _chosen(request, settings, model, limits, windows)
+        chosen, plan, facts = _chosen(request, settings, model, limits, windows)
         called = called_steps(model.denoiser, plan, strength=request.strength)
         if not called:
             steps = f"none of {len(plan.steps) - 1} steps is within that share of the noise"
@@ -152,22 +156,26 @@ def _edit(
             assert isinstance(model, TrainedModel)
             return model.image_to_image(images, request.strength, on_step=on_step, **chosen)
 
-        return JobPlan(chosen, plan, called, request.n * windows, vary)
+        return JobPlan(
+            chosen, plan, called, request.n * windows, vary, facts | {"strength": request.strength}
+        )
     try:
         painting = Painting(request.method, request.resamples).chosen_for(model.denoiser)
     except ValueError as error:
         raise _of_error(error) from error
     if painting.method == "repaint":
         settings = {"sampler": "ancestral", "variance": "fixed_small", **settings}
-    chosen, plan = _chosen(request, settings, model, limits, windows)
+    chosen, plan, facts = _chosen(request, settings, model, limits, windows)
     called = called_steps(model.denoiser, plan, painting=painting)
+    how: dict[str, Any] = {"method": painting.method}
+    if painting.method == "repaint":
+        how["resamples"] = request.resamples
 
     def paint(model: DrawingModel, on_step: OnStep) -> Images:
         assert isinstance(model, TrainedModel)
-        how: dict[str, Any] = {"method": request.method, "resamples": request.resamples}
         return model.inpaint(images, known, on_step=on_step, **how, **chosen)
 
-    return JobPlan(chosen, plan, called, request.n * windows, paint)
+    return JobPlan(chosen, plan, called, request.n * windows, paint, facts | how)
 
 
 def _chosen(
@@ -176,8 +184,8 @@ def _chosen(
     model: DrawingModel,
     limits: RequestLimits,
     windows: int = 1,
-) -> tuple[dict[str, Any], SamplingPlan]:
-    """The settings of the call, and the plan that they give."""
+) -> tuple[dict[str, Any], SamplingPlan, dict[str, Any]]:
+    """The settings of the call, the plan that they give, and its facts."""
     given = dict(settings)
     if isinstance(seed := given["seed"], int) and seed < 0:
         raise RequestError(f"seed is {seed}; it must be at least 0", "seed")
@@ -192,8 +200,17 @@ def _chosen(
         raise RequestError(
             f"steps is {steps}; this server allows at most {limits.max_steps}", "steps"
         )
+    if windows * request.n > limits.max_windows:
+        raise RequestError(
+            f"size is too large: its windows of the model's size, times n, are "
+            f"{windows * request.n}, and this server allows at most {limits.max_windows}",
+            "size",
+        )
     names = model.label_names if configured.settings.has_names else None
-    return given, sampling_plan(configured.settings, model.denoiser.schedule, names)
+    plan = sampling_plan(configured.settings, model.denoiser.schedule, names)
+    drawn = {name: getattr(plan.settings, name) for name in EXTENSIONS}
+    facts = {name: value for name, value in drawn.items() if value not in ("", ())}
+    return given, plan, {"prompt": request.prompt, **facts}
 
 
 def _windows(model: DrawingModel, canvas: Canvas) -> int:

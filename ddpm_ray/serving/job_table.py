@@ -12,12 +12,14 @@ import logging
 import math
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
 
 from ddpm_ray.redaction import counted
 from ddpm_ray.serving.image_requests import ImageRequest
+from ddpm_ray.serving.job_entry import TABLE_HEADER, JobEntry, JobKey, JobState
+from ddpm_ray.serving.kept_jobs import KeptJobs
 from ddpm_ray.serving.limits import OverloadedError, TokenBucket
 from ddpm_ray.serving.orders import (
     Accepted,
@@ -29,20 +31,19 @@ from ddpm_ray.serving.orders import (
     JobProgress,
     Kind,
     PreviewFiles,
+    ReplicaLostError,
     Unaffordable,
-    WorkerLostError,
 )
-from ddpm_ray.serving.request_errors import RequestError
+from ddpm_ray.serving.request_errors import (
+    CANCELLED,
+    RequestError,
+    overloaded,
+    server_error,
+    shutting_down,
+)
 from ddpm_ray.serving.served_metrics import ServedMetrics
 
 log = logging.getLogger(__name__)
-
-JobKey: TypeAlias = tuple[str, str]
-"""(client, id): a client sees its own jobs only."""
-State: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-NOT_BEGUN = JobProgress(1, None, 0)
-CANCELLED = "job_cancelled"  # code of the error of a cancelled job
-FAILED = ("failed", "cancelled")  # such a job may be submitted again
 
 
 @dataclass(frozen=True)
@@ -54,52 +55,14 @@ class TableSettings:
     kept_s: float = 3600.0  # images stay so long
     kept_bytes: int = 256 * 2**20  # of images that stay; the oldest go first
     lease_s: float = 20.0  # a job that nobody reads for so long is cancelled, unless it is kept
-    max_losses: int = 5  # a job whose process was lost so often fails
-    retry_s: float = 0.2  # pause before a lost job runs again
+    # A job whose replica was lost so often runs alone: it may be the reason. The others of that
+    # replica are innocent, and are not lost with it again.
+    suspected_losses: int = 2
+    max_losses: int = 5  # a job fails when its replica is lost once more
+    retry_s: float = 0.2  # pause before a lost job runs again, doubled each time up to MOST_RETRY_S
 
 
-@dataclass(eq=False)
-class _Job:
-    key: JobKey
-    order: ImageOrder
-    is_kept: bool  # whether it stays when nobody reads it
-    begun_s: float  # when it was submitted
-    seen_s: float  # when it was last read
-    digest: str
-    secret: str = field(default_factory=lambda: secrets.token_hex(16))  # in the URL of its files
-    events: list[Event] = field(default_factory=list)  # without JobProgress
-    progress: JobProgress = NOT_BEGUN
-    source: str = ""
-    losses: int = 0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-    ended_s: float | None = None
-
-    @property
-    def state(self) -> State:
-        """The state in answers."""
-        match self.events[-1] if self.events else None:
-            case Finished():
-                return "succeeded"
-            case Failed(error):
-                return "cancelled" if error.code == CANCELLED else "failed"
-        return "queued" if self.progress.place else "running"
-
-    @property
-    def uploads(self) -> int:
-        """Bytes of its order."""
-        return len(self.order.image or b"") + len(self.order.mask or b"")
-
-    @property
-    def size(self) -> int:
-        """Bytes of its previews and images, and of the rest of it."""
-        made = [one.files for one in self.events if isinstance(one, PreviewFiles | Finished)]
-        return 2000 + sum(len(file) for files in made for file in files)
-
-    def notify(self) -> None:
-        """Wake all who wait for news of it."""
-        self.changed.set()
-        self.changed = asyncio.Event()
+MOST_RETRY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -108,242 +71,243 @@ class JobReport:
 
     kind: Kind
     request: ImageRequest
-    state: State
+    state: JobState
     events: tuple[Event, ...]
     progress: JobProgress
-    secret: str
+    secret: str  # in the URLs of its images
 
 
 class JobTable:
-    """Runs orders by `draw`, and runs them again where that raises WorkerLostError."""
+    """Runs orders by `draw`, and runs them again where that raises ReplicaLostError."""
 
     def __init__(
         self,
         draw: Draw,
-        settings: TableSettings = TableSettings(),
+        settings: TableSettings | None = None,
         buckets: Mapping[str, TokenBucket] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.settings, self.metrics = settings, ServedMetrics()
+        self.settings, self.metrics = settings or TableSettings(), ServedMetrics()
+        self.identity = secrets.token_hex(8)  # of this table: another has other jobs
         self._draw, self._buckets, self._clock = draw, dict(buckets or {}), clock
-        self._jobs: dict[JobKey, _Job] = {}
-        self._files: dict[str, _Job] = {}  # by secret
-        self.draining = False
+        self._open: dict[JobKey, JobEntry] = {}
+        self._ended = KeptJobs(
+            self.settings.kept_s, self.settings.kept_bytes, self.settings.lease_s, clock
+        )
+        self._alone = asyncio.Lock()
+        self._undecided: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by client
+        self._uploads = 0  # bytes of open jobs
+        self._is_draining = False
 
     @property
     def unfinished(self) -> int:
         """Jobs that wait or run."""
-        return sum(job.ended_s is None for job in self._jobs.values())
+        return len(self._open)
 
-    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool) -> None:
-        """Begin a job; nothing happens where it is there already. Raises RequestError.
+    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "") -> str:
+        """Begin a job, unless it is there; return the identity of the table. Raises RequestError.
 
-        409 for an id that has another order, 429 and 503 where there is no room.
+        409 for an id that has another order, 429 and 503 where there is no room. `source` is that
+        of an Accepted of an earlier table, which was lost. A job that has failed begins again.
         """
         self.sweep()
-        digest = order.digest()
-        if (found := self._jobs.get(key)) is not None and found.state not in FAILED:
-            if found.digest != digest:
+        found = self._open.get(key) or self._ended.get(key)
+        if found is not None and found.state not in ("failed", "cancelled"):
+            if found.digest != order.digest():
                 raise RequestError(
                     f"job {key[1]} is there with other fields: take another id", "id", status=409
                 )
             found.seen_s = self._clock()
-            return
+            return self.identity
         self._require_room(order)
-        now_s = self._clock()
-        job = _Job(key, order, is_kept, now_s, now_s, digest)
-        self._jobs[key] = self._files[job.secret] = job
-        if found is not None:
-            self._files.pop(found.secret, None)
+        self._ended.forget(key)
+        entry = JobEntry(key, order, is_kept, self._clock(), source)
+        self._open[key] = entry
+        self._uploads += entry.uploads
         self.metrics.submitted(order.kind)
-        job.task = asyncio.create_task(self._run(job))
+        entry.task = asyncio.create_task(self._run(entry))
+        return self.identity
 
     async def report(self, key: JobKey, first: int, timeout_s: float) -> JobReport:
         """Wait for events from number `first` on, or other progress; return what there is.
 
         Raises RequestError with status 404.
         """
-        job = self._job(key)
-        job.seen_s = self._clock()
-        if len(job.events) <= first and job.ended_s is None:
+        entry = self._entry(key)
+        entry.seen_s = self._clock()
+        if len(entry.events) <= first and entry.ended_s is None:
+            # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that comes together
+            # with what it waits for (CPython issue 86296), and the request would never end.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(job.changed.wait(), timeout_s)
-            job.seen_s = self._clock()
-        kind, request = job.order.kind, job.order.request
+                async with asyncio.timeout(timeout_s):
+                    await entry.changed.wait()
+            entry.seen_s = self._clock()
         return JobReport(
-            kind, request, job.state, tuple(job.events[first:]), job.progress, job.secret
+            entry.order.kind,
+            entry.order.request,
+            entry.state,
+            tuple(entry.events[first:]),
+            entry.progress,
+            entry.secret,
         )
 
-    async def cancel(self, key: JobKey) -> None:
-        """End a job before its next step; one that has ended is forgotten. RequestError: 404."""
-        job = self._job(key)
-        if job.ended_s is not None:
-            self._forget(job)
-            return
-        self._end(job, _cancelled("the job was cancelled"))
+    async def cancel(self, key: JobKey) -> JobState:
+        """End a job before its next step, and forget one that has ended; return its new state.
+
+        RequestError: 404.
+        """
+        entry = self._entry(key)
+        if entry.ended_s is None:
+            self._end(entry, _cancelled("the job was cancelled"))
+        else:
+            self._ended.forget(key)
+        return entry.state
 
     async def leave(self, key: JobKey) -> None:
         """Nobody reads the job any longer: end it, unless it is kept; forget one that has ended."""
-        job = self._jobs.get(key)
-        if job is None or job.is_kept or _has_url(job):
+        entry = self._open.get(key) or self._ended.get(key)
+        if entry is None or entry.is_kept or entry.has_url:
             return
-        if job.ended_s is None:
-            self._end(job, _cancelled("the client has left"))
-        self._forget(job)
+        if entry.ended_s is None:
+            self._end(entry, _cancelled("the client has left"))
+        self._ended.forget(key)
 
-    def file(self, secret: str, index: int) -> tuple[bytes, str]:
+    async def file(self, secret: str, index: int) -> tuple[bytes, str]:
         """The file and format of image `index` of a job that has ended. RequestError: 404."""
-        self.sweep()
-        job = self._files.get(secret)
-        made = job.events[-1] if job is not None and job.events else None
-        if job is None or not isinstance(made, Finished) or not 0 <= index < len(made.files):
+        entry = self._ended.of_secret(secret)
+        made = entry.events[-1] if entry is not None else None
+        if entry is None or not isinstance(made, Finished) or not 0 <= index < len(made.files):
             hours = self.settings.kept_s / 3600
             raise RequestError(
                 f"there is no such image; images are kept for at most {hours:g} h", status=404
             )
-        return made.files[index], job.order.request.output_format
+        return made.files[index], entry.order.request.output_format
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no more jobs, and wait for those that run; return how many have not ended."""
-        self.draining = True
+        """Take no more jobs, wait for those that run, and end the rest; return their number."""
+        self._is_draining = True
         until_s = self._clock() + timeout_s
-        while self.unfinished and (left_s := until_s - self._clock()) > 0:
-            waiting = [job.task for job in self._jobs.values() if job.ended_s is None and job.task]
-            await asyncio.wait(waiting, timeout=left_s)
-        return self.unfinished
+        while self._open and (left_s := until_s - self._clock()) > 0:
+            waiting = [entry.task for entry in self._open.values() if entry.task]
+            await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        left = [*self._open.values()]
+        for entry in left:
+            self._end(entry, Failed(shutting_down()))
+        return len(left)
 
     def sweep(self) -> None:
         """Cancel the jobs that nobody reads, and forget images that are old or too many."""
         now_s = self._clock()
-        for job in [*self._jobs.values()]:
-            alone = not job.is_kept and now_s - job.seen_s > self.settings.lease_s
-            if alone and job.ended_s is None:
-                log.warning("job %s: nobody has read it for %.0f s", job.key[1], now_s - job.seen_s)
-                self._end(job, _cancelled("the client has left"))
-            old = job.ended_s is not None and now_s - job.ended_s > self.settings.kept_s
-            if old or (alone and job.ended_s is not None and not _has_url(job)):
-                self._forget(job)
-        ended = [job for job in self._jobs.values() if job.ended_s is not None]
-        size = sum(job.size for job in ended)
-        for job in ended:  # the oldest first
-            if size <= self.settings.kept_bytes:
-                break
-            size -= job.size
-            self._forget(job)
+        for entry in [*self._open.values()]:
+            if not entry.is_kept and now_s - entry.seen_s > self.settings.lease_s:
+                age_s = now_s - entry.seen_s
+                log.warning("job %s: nobody has read it for %.0f s", entry.key[1], age_s)
+                self._end(entry, _cancelled("the client has left"))
+        self._ended.sweep()
 
-    def _job(self, key: JobKey) -> _Job:
-        if (job := self._jobs.get(key)) is None:
-            raise RequestError(f"there is no job {key[1]}", "id", status=404)
-        return job
+    def _entry(self, key: JobKey) -> JobEntry:
+        if (entry := self._open.get(key) or self._ended.get(key)) is None:
+            headers = {TABLE_HEADER: self.identity}
+            raise RequestError(f"there is no job {key[1]}", "id", status=404, headers=headers)
+        return entry
 
     def _require_room(self, order: ImageOrder) -> None:
         """Raise RequestError where no job can be taken."""
-        retry = {"Retry-After": "5"}
-        if self.draining:
-            raise RequestError("the server is shutting down", status=503, headers=retry)
-        open_jobs = [job for job in self._jobs.values() if job.ended_s is None]
-        size = sum(job.uploads for job in open_jobs) + len(order.image or b"")
-        if len(open_jobs) >= self.settings.max_jobs or size > self.settings.max_uploads:
-            raise RequestError(
-                f"{counted(len(open_jobs), 'job')} with {size / 2**20:.1f} MB of images are open: "
-                "try again later",
-                status=429,
-                headers=retry,
-            )
+        if self._is_draining:
+            raise shutting_down()
+        size = self._uploads + order.uploads
+        if len(self._open) >= self.settings.max_jobs or size > self.settings.max_uploads:
+            jobs = counted(len(self._open), "job")
+            raise overloaded(f"{jobs} with {self._uploads / 2**20:.1f} MB of uploads are open", 5)
 
-    def _end(self, job: _Job, event: Finished | Failed) -> None:
-        """The last event of a job; its task ends, and with it the work of a server process."""
-        if job.ended_s is not None:
+    def _end(self, entry: JobEntry, event: Finished | Failed) -> None:
+        """The last event of a job; its task ends, and with it the work of a replica."""
+        if entry.ended_s is not None:
             return
-        job.events.append(event)
-        job.ended_s = self._clock()
-        if job.task is not None and job.task is not asyncio.current_task():
-            job.task.cancel()
-        self.metrics.ended(job.order.kind, _outcome(job), job.ended_s - job.begun_s, job.progress)
-        # The files of the order are large, and are not needed again.
-        job.order = ImageOrder(job.order.kind, job.order.request, job.order.settings)
-        job.notify()
+        entry.events.append(event)
+        entry.ended_s = self._clock()
+        if entry.task is not None and entry.task is not asyncio.current_task():
+            entry.task.cancel()
+        seconds = entry.ended_s - entry.begun_s
+        self.metrics.ended(entry.order.kind, entry.outcome, seconds, entry.progress.computed)
+        self._open.pop(entry.key, None)
+        self._uploads -= entry.uploads
+        entry.forget_uploads()
+        self._ended.add(entry)
+        entry.notify()
 
-    def _forget(self, job: _Job) -> None:
-        self._jobs.pop(job.key, None)
-        self._files.pop(job.secret, None)
-
-    async def _run(self, job: _Job) -> None:
-        """Run a job until it has ended, in another process where one is lost."""
+    async def _run(self, entry: JobEntry) -> None:
+        """Run a job until it has ended, in another replica where one is lost."""
         try:
-            while job.ended_s is None:
+            while entry.ended_s is None:
                 try:
-                    await self._follow(job)
-                except WorkerLostError as error:
-                    await self._lost(job, error)
-        except Exception as error:
-            log.exception("job %s has failed", job.key[1])
-            problem = f"the job has failed ({type(error).__name__}: {error})"
-            self._end(job, Failed(RequestError(problem, status=500)))
+                    if entry.losses < self.settings.suspected_losses:
+                        await self._follow(entry)
+                    else:
+                        async with self._alone:
+                            await self._follow(entry)
+                except ReplicaLostError as error:
+                    await self._lost(entry, error)
+        except Exception as error:  # noqa: BLE001 - logged, and the end of this job alone
+            self._end(entry, Failed(server_error(log, f"job {entry.key[1]} has failed", error)))
 
-    async def _follow(self, job: _Job) -> None:
+    async def _follow(self, entry: JobEntry) -> None:
         """Run it once."""
-        bucket = self._buckets.get(job.key[0])
-        is_paid = bucket is None or bool(job.source)
-        affordable = math.inf if is_paid or bucket is None else bucket.affordable
-        events = self._draw(job.order, job.source, affordable)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                self._take(job, event, bucket)
-                if job.ended_s is not None or isinstance(event, Unaffordable):
-                    return
-        raise WorkerLostError("its events ended before its images")
+        client = entry.key[0]
+        bucket = None if entry.source else self._buckets.get(client)  # it is paid for once
+        async with contextlib.AsyncExitStack() as undecided:
+            if bucket is not None:  # one order at a time: another would spend the same again
+                await undecided.enter_async_context(self._undecided[client])
+            affordable = math.inf if bucket is None else bucket.affordable
+            events = self._draw(entry.order, entry.source, affordable, self.identity)
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    self._take(entry, event, bucket)
+                    if entry.ended_s is not None or isinstance(event, Unaffordable):
+                        return
+                    if isinstance(event, Accepted):
+                        await undecided.aclose()
+        raise ReplicaLostError("its events ended before its images")
 
-    def _take(self, job: _Job, event: Event, bucket: TokenBucket | None) -> None:
+    def _take(self, entry: JobEntry, event: Event, bucket: TokenBucket | None) -> None:
         """Note an event of a job."""
         match event:
             case JobProgress():
-                job.progress = event
-            case Accepted():
-                if not job.source:
-                    if bucket is not None:
-                        bucket.charge(event.cost)
-                    job.events.append(event)
-                job.source = event.source
-            case PreviewFiles():  # after a loss they come again
-                if all(getattr(one, "number", None) != event.number for one in job.events):
-                    job.events.append(event)
+                entry.progress = event
+            case Accepted(source, _, _, cost):
+                if not any(isinstance(one, Accepted) for one in entry.events):
+                    entry.events.append(event)
+                if bucket is not None:
+                    bucket.charge(cost)
+                entry.source = source
+            case PreviewFiles(number):  # after a loss they come again
+                if number not in entry.previews:
+                    entry.previews.add(number)
+                    entry.events.append(event)
             case Unaffordable(cost):
                 assert bucket is not None
                 try:
                     bucket.require(cost)  # it was too little then
                 except OverloadedError as error:
-                    headers = {"Retry-After": str(error.retry_after_s)}
-                    self._end(job, Failed(RequestError(str(error), status=429, headers=headers)))
+                    self._end(entry, Failed(overloaded(error.reason, error.seconds)))
             case Finished() | Failed():
-                self._end(job, event)
-        job.notify()
+                self._end(entry, event)
+        entry.notify()
 
-    async def _lost(self, job: _Job, error: WorkerLostError) -> None:
-        """Its process was lost: wait a moment, or give it up."""
-        job.losses += 1
+    async def _lost(self, entry: JobEntry, error: ReplicaLostError) -> None:
+        """Its replica was lost: wait a moment, or give it up."""
+        entry.losses += 1
         self.metrics.restarted()
-        if job.losses > self.settings.max_losses:
-            times = counted(job.losses, "time")
-            problem = f"the process that ran the job was lost {times} ({error})"
-            self._end(job, Failed(RequestError(problem, status=500)))
+        if entry.losses > self.settings.max_losses:
+            times = counted(entry.losses, "time")
+            log.error("job %s: its replica was lost %s (%s)", entry.key[1], times, error)
+            problem = f"the process that ran the job was lost {times}"
+            self._end(entry, Failed(RequestError(problem, status=500)))
             return
-        log.warning("job %s: its process was lost (%s); it runs again", job.key[1], error)
-        job.progress = NOT_BEGUN
-        job.notify()
-        await asyncio.sleep(self.settings.retry_s)
-
-
-def _outcome(job: _Job) -> str:
-    """The state of a job that has ended, with `refused` apart from other failures."""
-    last = job.events[-1]
-    return "refused" if isinstance(last, Failed) and last.error.status == 429 else job.state
-
-
-def _has_url(job: _Job) -> bool:
-    """Whether its images are read by URL, after the answer."""
-    done = job.ended_s is not None and job.state == "succeeded"
-    return done and job.order.request.response_format == "url"
+        log.warning("job %s: its replica was lost (%s); it runs again", entry.key[1], error)
+        entry.begin_again()
+        pause_s = self.settings.retry_s * 2 ** (entry.losses - 1)
+        await asyncio.sleep(min(pause_s, MOST_RETRY_S))
 
 
 def _cancelled(why: str) -> Failed:

@@ -46,7 +46,7 @@ class QueueLimit:
         if beyond_s > 0:
             raise OverloadedError(
                 f"work for {left / rate:.1f} s is accepted, this takes {rows / rate:.1f} s, and "
-                f"both have to be at most {self.max_s:g} s",
+                f"their sum has to be at most {self.max_s:g} s",
                 min(beyond_s, left / rate),
             )
 
@@ -70,16 +70,16 @@ class TokenBucket:
                 raise ValueError(f"{name} is {value:g}; it must be above 0")
         self._level, self._at_s = self.burst, self.clock()
 
-    def take(self, units: float) -> None:
-        """Take `units`, or raise OverloadedError and take none."""
-        with self._lock:
-            self._require(units)
-            self._level -= units
-
     def require(self, units: float) -> None:
-        """Raise OverloadedError where `take` does, and take none."""
+        """Raise OverloadedError if a request of `units` has to wait."""
         with self._lock:
-            self._require(units)
+            self._refill()
+            lacking = min(units, self.burst) - self._level
+            if lacking > 1e-9 * self.burst:
+                rate = f"{self.per_s:g} a second and {self.burst:g} at once"
+                raise OverloadedError(
+                    f"this takes {units:g} units, and a client has {rate}", lacking / self.per_s
+                )
 
     @property
     def affordable(self) -> float:
@@ -89,19 +89,10 @@ class TokenBucket:
             return math.inf if self._level >= self.burst * (1 - 1e-9) else max(0.0, self._level)
 
     def charge(self, units: float) -> None:
-        """Take `units` that were affordable, though others may have taken some since."""
+        """Take `units` that were affordable."""
         with self._lock:
             self._refill()
             self._level -= units
-
-    def _require(self, units: float) -> None:
-        self._refill()
-        lacking = min(units, self.burst) - self._level
-        if lacking > 1e-9 * self.burst:
-            rate = f"{self.per_s:g} a second and {self.burst:g} at once"
-            raise OverloadedError(
-                f"this takes {units:g} units, and a client has {rate}", lacking / self.per_s
-            )
 
     def _refill(self) -> None:
         now_s = self.clock()

@@ -12,6 +12,7 @@ from ddpm_ray.serving.image_requests import ImageRequest
 from ddpm_ray.serving.request_errors import RequestError
 
 Kind: TypeAlias = Literal["generation", "edit", "variation"]
+ANSWER_FIELDS = ("user", "stream", "partial_images", "response_format")  # not of the images
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,19 @@ class ImageOrder:
 
     kind: Kind
     request: ImageRequest
-    settings: Mapping[str, Any]  # of the samplers
+    settings: Mapping[str, Any]  # fields of SamplingSettings
     image: bytes | None = None  # file
     mask: bytes | None = None
 
+    @property
+    def uploads(self) -> int:
+        """Bytes of its files."""
+        return len(self.image or b"") + len(self.mask or b"")
+
     def digest(self) -> str:
-        """The sha256 of all that the images depend on."""
-        parts = json.dumps([self.kind, asdict(self.request), self.settings], sort_keys=True)
+        """The sha256 of all that the files of the images depend on."""
+        fields = {k: v for k, v in asdict(self.request).items() if k not in ANSWER_FIELDS}
+        parts = json.dumps([self.kind, fields, self.settings], sort_keys=True)
         files = [hashlib.sha256(file or b"").hexdigest() for file in (self.image, self.mask)]
         return hashlib.sha256("\n".join([parts, *files]).encode()).hexdigest()
 
@@ -83,18 +90,19 @@ class Failed:
 Event: TypeAlias = Accepted | Unaffordable | JobProgress | PreviewFiles | Finished | Failed
 
 
-class WorkerLostError(Exception):
+class ReplicaLostError(Exception):
     """The process that ran a job has ended, or cannot be reached; the job may run elsewhere."""
 
 
 class Draw(Protocol):
-    """Runs an order; raises WorkerLostError. Closing the generator ends the job."""
+    """Runs an order; raises ReplicaLostError. Closing the generator ends the job."""
 
     def __call__(
-        self, order: ImageOrder, source: str, affordable: float
+        self, order: ImageOrder, source: str, affordable: float, table: str
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of the job, the last of which is Finished, Failed or Unaffordable.
 
-        `source` is that of an earlier Accepted; empty: the model that the name means now.
+        `source` is that of an earlier Accepted; empty: the model that the name means now. `table`
+        is the identity of the job table: jobs of an earlier one are given up.
         """
         ...

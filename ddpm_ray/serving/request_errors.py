@@ -1,6 +1,11 @@
 """Errors of a request, in the form of OpenAI's API."""
 
+import logging
+import math
+import secrets
 from typing import Any
+
+CANCELLED = "job_cancelled"  # code of the error of a cancelled job
 
 
 class RequestError(ValueError):
@@ -28,17 +33,39 @@ class RequestError(ValueError):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         if self.status == 429:
             kind = "rate_limit_error"
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param,
-                "code": self.code,
-            }
+        fields = {"message": self.message, "param": self.param}  # may hold what a client sent
+        clean = {
+            name: text and text.encode("utf-8", "backslashreplace").decode()
+            for name, text in fields.items()
         }
+        return {"error": clean | {"type": kind, "code": self.code}}
 
 
 def _restored(
     message: str, param: str | None, status: int, code: str | None, headers: dict[str, str]
 ) -> RequestError:
     return RequestError(message, param, status=status, code=code, headers=headers)
+
+
+def overloaded(reason: str, seconds: float) -> RequestError:
+    """The error 429 of a server that takes such a job again after so many seconds."""
+    retry_s = max(1, math.ceil(seconds))
+    problem = f"{reason}: try again in {retry_s} s"
+    return RequestError(problem, status=429, headers={"Retry-After": str(retry_s)})
+
+
+def shutting_down() -> RequestError:
+    """The error of a server that takes no more jobs."""
+    problem = "the server is shutting down"
+    return RequestError(problem, status=503, headers={"Retry-After": "5"})
+
+
+def server_error(log: logging.Logger, what: str, error: BaseException) -> RequestError:
+    """Log an error of the program, and return one for the client, which has a reference to it.
+
+    Its text may show paths and addresses of the server.
+    """
+    reference = secrets.token_hex(4)
+    log.error("%s (reference %s)", what, reference, exc_info=error)
+    problem = f"{what}; the log of the server has the reason (reference {reference})"
+    return RequestError(problem, status=500)

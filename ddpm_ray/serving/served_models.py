@@ -83,7 +83,8 @@ class ServedModels:
         self._engines = {name: Engine(engine or EngineSettings()) for name in uris}
         self._lock = threading.Lock()  # of what follows
         self._current: dict[str, LoadedModel] = {}
-        self._earlier: dict[tuple[str, str], LoadedModel] = {}  # by name and source
+        self._earlier: dict[str, LoadedModel] = {}  # the last one of each name
+        self._loading = threading.Lock()  # one load at a time: jobs that were lost come together
         try:
             for name, uri in self._uris.items():
                 self._current[name] = self._loaded(name, loader.source(uri))
@@ -125,12 +126,8 @@ class ServedModels:
                     code="model_not_found",
                 )
             if source and source != found.source:
-                found = self._earlier.get((name, source))
-        if found is None:
-            found = self._loaded(name, source)
-            with self._lock:
-                self._earlier = {(name, source): found}  # the last one: memory is bounded
-        return found
+                found = None
+        return found or self._of_source(name, source)
 
     def refresh(self) -> list[str]:
         """Load the models whose names have moved in the registry; return these names.
@@ -150,11 +147,22 @@ class ServedModels:
                 log.warning("%s: %s stays in use: %s", name, present.source, problem)
                 continue
             with self._lock:
-                self._earlier = {(name, present.source): present}
+                self._earlier[name] = present
                 self._current[name] = served
             log.info("%s: new requests get %s", name, source)
             moved.append(name)
         return moved
+
+    def _of_source(self, name: str, source: str) -> LoadedModel:
+        """The model at an earlier source of a name, loaded if it is not there."""
+        with self._loading:
+            with self._lock:
+                found = self._earlier.get(name)
+            if found is None or found.source != source:
+                found = self._loaded(name, source)
+                with self._lock:
+                    self._earlier[name] = found
+        return found
 
     def _loaded(self, name: str, source: str) -> LoadedModel:
         """Load and warm a model."""

@@ -22,6 +22,7 @@ from ddpm_ray.sampling.drawing_model import DrawingModel
 
 Answer: TypeAlias = Callable[[Network, Tensor, Tensor, Conditioning], Tensor]
 """(network, x_t, t, conditioning) -> its output, once an engine has computed it."""
+CUDA_ERROR = "CUDA error"  # in torch's errors after which a process cannot use the GPU
 Model = TypeVar("Model", bound=DrawingModel)
 
 
@@ -109,6 +110,29 @@ def next_batch(calls: Iterable[NetworkCall], width: int) -> list[CallRows]:
             chosen.append(CallRows(call, call.computed, min(room, call.left)))
             room -= chosen[-1].length
     return chosen
+
+
+def outputs_of(rows: Sequence[CallRows], width: int | None) -> list[Tensor | BaseException]:
+    """The output of the rows of each call, or its own error for one that fails alone as well.
+
+    `width` is that of computed_rows. On a GPU, the outputs are there, not only asked for.
+    """
+    with torch.inference_mode():
+        try:
+            outputs = computed_rows(rows, width)
+            if outputs[0].is_cuda:  # else errors and times would be those of later calls
+                torch.cuda.synchronize(outputs[0].device)
+            return [*outputs]
+        except BaseException as error:  # noqa: BLE001 - the job raises it
+            if len(rows) == 1:
+                return [error]
+        return [output for one in rows for output in outputs_of([one], width)]
+
+
+def gpu_fault(outputs: Sequence[Tensor | BaseException]) -> str:
+    """Why this process cannot use its GPU any longer; empty: no error says so."""
+    errors = [str(one) for one in outputs if isinstance(one, BaseException)]
+    return next((f"the GPU has failed ({text})" for text in errors if CUDA_ERROR in text), "")
 
 
 def computed_rows(rows: Sequence[CallRows], width: int | None = None) -> list[Tensor]:

@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def registered(runs: Path, database: str, seed: int) -> TrackedRun:
     """The run of this seed in MLflow, as champion of `faces`."""
     run = run_lookup.find_or_create_run(database, "served", "run", f"served-{seed}", str(runs))
-    checkpoint = ModelSources(runs, database).source(f"run{seed}")
+    checkpoint = ModelSources(runs, database).pinned(f"run{seed}")
     model_registry.log_model(run, checkpoint, "ddpm_ray.tracking.pyfunc_model")
     model_registry.register(database, "faces", run.run_id)
     return run
@@ -55,12 +55,13 @@ def test_an_alias_means_a_version_until_it_moves(runs: Path, mlflow_database: st
 
 def test_a_run_means_its_newest_checkpoint_now(runs: Path, mlflow_database: str) -> None:
     sources = ModelSources(runs, mlflow_database, "cpu")
-    source = sources.source("run0")
+    source = sources.pinned("run0")
     assert source.startswith(f"{runs}/run0/checkpoints/step-")
-    assert sources.source(source) == source
+    assert sources.pinned(source) == sources.source(source) == source
+    assert sources.pinned("models:/faces@champion") == "models:/faces@champion"
     assert sources.load(source).provenance["checkpoint"] == source
     with pytest.raises(CheckpointError, match=r"data.*this is a data set"):
-        sources.load(sources.source(str(runs / "data")))
+        sources.load(sources.pinned(str(runs / "data")))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A server in this process: HTTP on a free port of loopback, a job table and a worker, no Ray."""
+"""A server in this process: HTTP on a free port of loopback, a job table and an engine, no Ray."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ddpm_ray.serving.http.http_server import HttpSettings
 from ddpm_ray.serving.image_service import ImageService, ServiceSettings
 from ddpm_ray.serving.job_table import JobTable, TableSettings
 from ddpm_ray.serving.limits import TokenBucket
+from ddpm_ray.serving.order_runner import OrderRunner
 from ddpm_ray.serving.orders import Draw
 from ddpm_ray.serving.served_models import ServedModels
-from ddpm_ray.serving.worker import Worker
 from tests.limits import ENDS_S
 
 
@@ -44,12 +44,9 @@ def served(models: Mapping[str, DrawingModel], **engine: Any) -> ServedModels:
 
 
 class LocalJobs(JobTable):
-    """A job table with the models that its worker serves."""
+    """A job table with the models that are served."""
 
     models_by_name: ServedModels
-
-    async def file(self, secret: str, index: int) -> tuple[bytes, str]:  # type: ignore[override]
-        return super().file(secret, index)
 
     async def models(self) -> list[dict[str, Any]]:
         return [one.facts for one in self.models_by_name.current]
@@ -69,8 +66,8 @@ def local_server(
     draw: Callable[[Draw], Draw] = lambda draw: draw,
 ) -> Iterator[tuple[str, LocalJobs]]:
     """Yield the URL and the job table of a server of these models."""
-    worker = Worker(ImageService(models, service))
-    jobs = LocalJobs(draw(worker.draw), table or TableSettings(), buckets)
+    runner = OrderRunner(ImageService(models, service))
+    jobs = LocalJobs(draw(runner.draw), table or TableSettings(), buckets)
     jobs.models_by_name = models
     app = build_app(jobs, http or HttpSettings())
     with socket.create_server(("127.0.0.1", 0)) as listener:

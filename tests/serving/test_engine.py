@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,25 @@ def test_what_is_cancelled_in_the_queue_never_begins(model: TrainedModel) -> Non
         for job in (first, *waiting[1:]):
             job.result(ENDS_S)
         assert sum(map(len, counted(model).batches)) == 6
+
+
+def test_a_short_job_passes_a_long_one_that_fills_all_batches(model: TrainedModel) -> None:
+    """With the time that each takes alone as its allowance, as the service gives it."""
+    with Engine(EngineSettings(width=4)) as engine:
+        held(model)
+        ends: list[str] = []
+        jobs = []
+        for name, images, steps in (("long", 8, 20), ("short", 1, 2)):
+            act = partial(TrainedModel.sample, num_images=images, steps=steps)
+            size = {"images": images, "cost": images * steps, "allowance_s": images * steps * 0.1}
+            job = submitted(engine, model, act, **size)
+            job.when_done(partial(ends.append, name))
+            jobs.append(job)
+            wait_for_calls(engine, len(jobs) - 1)
+        counted(model).go_on.set()
+        for job in jobs:
+            job.result(ENDS_S)
+        assert ends == ["short", "long"]
 
 
 def test_the_earliest_deadline_comes_first(model: TrainedModel) -> None:

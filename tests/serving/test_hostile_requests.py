@@ -68,6 +68,7 @@ WRONG_EDITS: list[tuple[dict[str, bytes], dict[str, Any], str, str]] = [
     ({"image": OPAQUE, "mask": jpeg()}, {}, "mask", "mask has no transparent pixel"),
     ({"image": OPAQUE}, {"size": "4x4"}, "size", "size is 4x4"),
     ({"image": OPAQUE}, {"size": "4000x4000"}, "size", "at most 10000 pixels"),
+    ({"image": OPAQUE}, {"size": "96x96", "n": 10}, "size", "allows at most 1024"),
     ({"image": OPAQUE}, {"strength": "0"}, "strength", "must be above 0"),
     ({"image": OPAQUE}, {"prompt": "a cat"}, "prompt", "text"),
 ]
@@ -103,6 +104,12 @@ def test_a_wrong_upload_is_named(
         ({"guidance_scale": "Infinity"}, "guidance_scale", 400),
         ({"sampler": None, "steps": 3, "eta": 2}, "eta", 400),
         ({"quality": "hd"}, "quality", 400),
+        ({"seed": 2**64}, "seed", 400),
+        ({"guidance_scale": 1e308}, "guidance_scale", 400),
+        ({"labels": [0] * 11}, "labels", 400),
+        ({"user": "x" * 257}, "user", 400),
+        ({"negative_prompt": "x" * 5000}, "negative_prompt", 400),
+        ({"\ud800": 1}, "\\ud800", 400),
         ({"\u202e\x1b[2J": 1}, "\u202e\x1b[2J", 400),
     ],
 )
@@ -110,6 +117,21 @@ def test_a_wrong_value_is_named(url: str, fields: dict[str, Any], param: str, st
     answer = posted(f"{url}v1/images/generations", json={"steps": 3, **fields})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param), error
+
+
+def test_a_wrong_kind_or_wait_of_a_job_is_named(url: str) -> None:
+    answer = requests.put(f"{url}v1/jobs/a", json={"kind": []}, timeout=ENDS_S)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "kind")
+    answer = requests.get(f"{url}v1/jobs/a?wait=soon", timeout=ENDS_S)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "wait")
+
+
+def test_a_deleted_job_says_what_it_was(url: str) -> None:
+    job = f"{url}v1/jobs/done"
+    requests.put(job, json={"steps": 3}, timeout=ENDS_S)
+    assert requests.get(f"{job}?wait=100", timeout=ENDS_S).json()["status"] == "succeeded"
+    assert requests.delete(job, timeout=ENDS_S).json()["status"] == "succeeded"
+    assert requests.delete(job, timeout=ENDS_S).status_code == 404
 
 
 @pytest.mark.parametrize("job", ["a b", "a" * 129, "ä", "%0a"])
@@ -183,4 +205,4 @@ def test_all_that_was_refused_left_no_job(model: TrainedModel) -> None:
         for fields in ({"steps": 0}, {"stepz": 1}, {"labels": [9], "steps": 3}):
             assert posted(f"{at}v1/images/generations", json=fields).status_code == 400
         assert jobs.unfinished == 0
-        assert not jobs._jobs
+        assert not jobs._open

@@ -1,4 +1,4 @@
-"""The HTTP interface: by OpenAI's own client and by plain requests, a worker in this process."""
+"""The HTTP interface: by OpenAI's own client and by plain requests, all in this process."""
 
 import base64
 import contextlib
@@ -25,9 +25,10 @@ from ddpm_ray.serving.http.following import TableLostError
 from ddpm_ray.serving.http.http_server import HttpSettings
 from ddpm_ray.serving.http.schemas import chat_tools
 from ddpm_ray.serving.image_service import ServiceSettings
+from ddpm_ray.serving.job_entry import JobKey
 from ddpm_ray.serving.job_table import TableSettings
 from ddpm_ray.serving.limits import TokenBucket
-from ddpm_ray.serving.orders import Draw, Event, ImageOrder, PreviewFiles, WorkerLostError
+from ddpm_ray.serving.orders import Draw, Event, ImageOrder, PreviewFiles, ReplicaLostError
 from tests.limits import ENDS_S
 from tests.serving.counted_model import counted, held
 from tests.serving.local_server import LocalJobs, local_server, served
@@ -79,7 +80,8 @@ def test_openais_client_draws_images(client: OpenAI, model: TrainedModel) -> Non
     for one, wanted in zip(made.data, model.sample(2, seed=3, steps=5), strict=True):
         assert near(decoded(one.b64_json), wanted)
     facts = (made.data[1].model_extra or {})["ddpm_ray"]
-    assert facts == {"model": "digits", "prompt": "", "index": 1, **SETTINGS}
+    assert facts["model"] == "digits"
+    assert facts.items() >= {"kind": "generation", "index": 1, **SETTINGS}.items()
     assert [one.id for one in client.models.list()] == ["digits"]
 
 
@@ -265,20 +267,61 @@ def test_a_client_that_leaves_costs_at_most_one_more_step(
 def test_a_client_that_never_reads_holds_nothing_up(
     server: tuple[str, LocalJobs], client: OpenAI
 ) -> None:
+    """Its answer, of 200 kB, fits into no buffer of the connection."""
     url, jobs = server
-    body = json.dumps({"steps": 20, "stream": True, "partial_images": 3, "n": 10}).encode()
-    with raw_request(url, body):
-        wait_until(lambda: jobs.metrics.text().count('state="succeeded"') > 0)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 1), dtype=np.uint8)
+    image = base64.b64encode(png(noise)).decode()
+    fields = {"image": image, "strength": 0.2, "steps": 10, "n": 10}
+    wanted = {**fields, "stream": True, "partial_images": 3}
+    with raw_request(url, json.dumps(wanted).encode(), "edits"):
+        wait_until(lambda: 'kind="edit",state="succeeded"' in jobs.metrics.text())
         assert client.images.generate(prompt="", extra_body=SETTINGS).data
+    assert jobs.metrics.text().count('submitted_jobs_total{kind="edit"} 1.0') == 1
+
+
+class Forgets:
+    """Jobs whose table forgets a job after the first report of it."""
+
+    def __init__(self, jobs: LocalJobs) -> None:
+        self._jobs = jobs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jobs, name)
+
+    async def report(self, key: JobKey, first: int, timeout_s: float) -> Any:
+        """The report; then there is no such job."""
+        found = await self._jobs.report(key, first, timeout_s)
+        await self._jobs.cancel(key)
+        if found.state == "succeeded":
+            return found
+        await self._jobs.cancel(key)
+        return found
+
+
+def test_a_forgotten_job_is_not_drawn_again(
+    model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same table has forgotten it: another would have another identity."""
+    monkeypatch.setattr(
+        "tests.serving.local_server.build_app", lambda jobs, http: build_app(Forgets(jobs), http)
+    )
+    with local_server(served({"digits": model})) as (url, jobs):
+        for stream in (False, True):
+            fields = {"steps": 20, "stream": stream}
+            answer = requests.post(f"{url}v1/images/generations", json=fields, timeout=ENDS_S)
+            assert "the job was cancelled, or its images were forgotten" in answer.text
+        assert 'submitted_jobs_total{kind="generation"} 2.0' in jobs.metrics.text()
 
 
 @contextlib.contextmanager
-def raw_request(url: str, body: bytes) -> Iterator[socket.socket]:
+def raw_request(url: str, body: bytes, kind: str = "generations") -> Iterator[socket.socket]:
     """A POST of images whose answer is not read; the connection is reset at the end."""
     host, port = url.removeprefix("http://").rstrip("/").split(":")
-    with socket.create_connection((host, int(port))) as connection:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
         head = (
-            f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}:{port}\r\n"
+            f"POST /v1/images/{kind} HTTP/1.1\r\nHost: {host}:{port}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         connection.sendall(head.encode() + body)
@@ -344,7 +387,10 @@ def test_clients_have_tokens_budgets_and_jobs_of_their_own(model: TrainedModel) 
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Host": "evil.example"}, 403),  # a name of another site for 127.0.0.1
+        ({"Origin": "http://["}, 403),
+        ({"Host": "["}, 403),
         ({"Host": "localhost:80"}, 200),
+        ({"Host": "localhost:80", "Origin": "http://localhost:80"}, 200),
         ({}, 200),
     ],
 )
@@ -395,7 +441,8 @@ class LosesTable:
         found = await self._jobs.report(*arguments)
         if self._left:
             self._left -= 1
-            self._jobs._jobs.clear()
+            self._jobs._open.clear()
+            self._jobs.identity = f"after {self._left} more"
             raise TableLostError("killed")
         return found
 
@@ -414,22 +461,22 @@ def test_a_lost_table_is_not_noticed_by_a_client_that_waits(
         assert near(decoded(made[0].b64_json), model.sample(1, seed=3, steps=5)[0])
 
 
-def test_a_lost_worker_is_not_noticed_in_a_stream(model: TrainedModel) -> None:
+def test_a_lost_replica_is_not_noticed_in_a_stream(model: TrainedModel) -> None:
     """It is lost after the first preview, and again after the second."""
     losses = [2, 1]
 
     def losing(draw: Draw) -> Draw:
         async def lossy(
-            order: ImageOrder, source: str, affordable: float
+            order: ImageOrder, source: str, affordable: float, table: str
         ) -> AsyncGenerator[Event, None]:
             left = losses.pop() if losses else 100
-            events = draw(order, source, affordable)
+            events = draw(order, source, affordable, table)
             async with contextlib.aclosing(events):
                 async for event in events:
                     yield event
                     left -= isinstance(event, PreviewFiles)
                     if not left:
-                        raise WorkerLostError("killed")
+                        raise ReplicaLostError("killed")
 
         return lossy
 

@@ -14,7 +14,12 @@ from ddpm_ray.sampling.drawing_model import fields_of
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.serving.engine_task import JobCancelledError
 from ddpm_ray.serving.image_jobs import ImageJob
-from ddpm_ray.serving.image_requests import EditRequest, ImageRequest, VariationRequest
+from ddpm_ray.serving.image_requests import (
+    EXTENSIONS,
+    EditRequest,
+    ImageRequest,
+    VariationRequest,
+)
 from ddpm_ray.serving.image_service import ImageService, ServiceSettings, UnaffordableError
 from ddpm_ray.serving.job_plans import RequestLimits
 from ddpm_ray.serving.orders import ImageOrder, Kind
@@ -72,7 +77,10 @@ def test_a_request_gets_the_images_of_its_settings(
         assert np.abs(opened(file).astype(int) - wanted[index, ..., 0]).max() <= 1
         with Image.open(io.BytesIO(file)) as image:
             facts = json.loads(image.info["ddpm_ray"])
-        assert facts == {"model": "digits", "prompt": "", "index": index, **settings}
+        assert facts.items() >= {"model": "digits", "kind": "generation", "index": index}.items()
+        again = {name: facts[name] for name in EXTENSIONS if name in facts}
+        assert again.items() >= settings.items()
+        assert np.array_equal(model.sample(2, **again), wanted)  # nothing is missing
     assert list(job.previews()) == []
 
 

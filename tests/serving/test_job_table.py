@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray.serving.image_requests import ImageRequest
+from ddpm_ray.serving.job_entry import JobKey
 from ddpm_ray.serving.job_table import JobReport, JobTable, TableSettings
 from ddpm_ray.serving.limits import TokenBucket
 from ddpm_ray.serving.orders import (
@@ -19,8 +20,8 @@ from ddpm_ray.serving.orders import (
     ImageOrder,
     JobProgress,
     PreviewFiles,
+    ReplicaLostError,
     Unaffordable,
-    WorkerLostError,
 )
 from ddpm_ray.serving.request_errors import RequestError
 from tests.limits import ENDS_S
@@ -51,7 +52,7 @@ class Scripted:
         self.go_on.set()
 
     async def __call__(
-        self, order: ImageOrder, source: str, affordable: float
+        self, order: ImageOrder, source: str, affordable: float, table: str
     ) -> AsyncGenerator[Event, None]:
         self.asked.append((order, source, affordable))
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
@@ -76,7 +77,7 @@ def order(seed: int = 1, image: bytes | None = None, **fields: Any) -> ImageOrde
     return ImageOrder("generation", ImageRequest(**fields), {"seed": seed}, image)
 
 
-async def ended(table: JobTable, key: tuple[str, str] = KEY) -> JobReport:
+async def ended(table: JobTable, key: JobKey = KEY) -> JobReport:
     while (found := await table.report(key, 0, ENDS_S)).state in ("queued", "running"):
         await asyncio.sleep(0)
     return found
@@ -108,7 +109,7 @@ def test_the_events_of_a_job_do_not_depend_on_the_processes_that_are_lost(
     """Each loss comes after some events; the job goes on with the weights that it began with."""
 
     async def work() -> None:
-        lost = WorkerLostError("killed")
+        lost = ReplicaLostError("killed")
         draw = Scripted(*[[*WHOLE[:count], lost] for count in losses], WHOLE)
         table = JobTable(draw, TableSettings(max_losses=4, retry_s=0))
         await table.submit(KEY, order(), is_kept=True)
@@ -123,12 +124,12 @@ def test_the_events_of_a_job_do_not_depend_on_the_processes_that_are_lost(
 
 def test_a_job_that_loses_every_process_is_given_up() -> None:
     async def work() -> None:
-        draw = Scripted([WorkerLostError("killed by signal 9")])
+        draw = Scripted([ReplicaLostError("killed by signal 9")])
         table = JobTable(draw, TableSettings(max_losses=2, retry_s=0))
         await table.submit(KEY, order(), is_kept=True)
         (failed,) = (await ended(table)).events
         assert isinstance(failed, Failed)
-        assert "was lost 3 times (killed by signal 9)" in failed.error.message
+        assert failed.error.message == "the process that ran the job was lost 3 times"
         assert (failed.error.status, len(draw.asked)) == (500, 3)
 
     run(work)
@@ -143,13 +144,18 @@ def test_events_that_end_without_images_are_a_loss() -> None:
     run(work)
 
 
-def test_an_error_of_the_program_is_told_and_ends_the_job() -> None:
+def test_an_error_of_the_program_ends_the_job_with_a_reference_to_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def work() -> None:
         table = JobTable(Scripted([ACCEPTED, ValueError("no such thing")]))
         await table.submit(KEY, order(), is_kept=True)
         failed = (await ended(table)).events[-1]
         assert isinstance(failed, Failed)
-        assert failed.error.message == "the job has failed (ValueError: no such thing)"
+        message = failed.error.message
+        assert "no such thing" not in message  # it may show paths and addresses
+        assert message.removesuffix(")").rpartition(" ")[2] in caplog.text
+        assert "no such thing" in caplog.text
 
     run(work)
 
@@ -202,17 +208,22 @@ def test_a_kept_job_needs_no_reader() -> None:
 
 def test_images_by_url_outlive_their_answer_and_are_bounded() -> None:
     async def work() -> None:
-        table = JobTable(Scripted(WHOLE), TableSettings(kept_bytes=10_000))
+        clock = Clock()
+        table = JobTable(Scripted(WHOLE), TableSettings(kept_bytes=10_000), clock=clock)
         keys = [("alice", f"job{n}") for n in range(10)]
         secrets = []
         for key in keys:
             await table.submit(key, order(response_format="url", output_format="webp"), False)
             secrets.append((await ended(table, key)).secret)
             await table.leave(key)
-        assert table.file(secrets[-1], 1) == (b"other", "webp")
+            clock.now_s += 1
+        assert await table.file(secrets[0], 0)  # its client may read it now
+        clock.now_s += table.settings.lease_s
+        table.sweep()
+        assert await table.file(secrets[-1], 1) == (b"other", "webp")
         for secret, index in ((secrets[0], 0), (secrets[-1], 2), ("x", 0)):
             with pytest.raises(RequestError, match="no such image; images are kept for at most 1"):
-                table.file(secret, index)
+                await table.file(secret, index)
 
     run(work)
 
@@ -221,7 +232,7 @@ def test_a_client_pays_for_a_job_once_and_waits_when_it_has_spent_too_much() -> 
     async def work() -> None:
         clock = Clock()
         bucket = TokenBucket(per_s=1.0, burst=10.0, clock=clock)
-        lost = WorkerLostError("killed")
+        lost = ReplicaLostError("killed")
         draw = Scripted([ACCEPTED, lost], WHOLE, [Unaffordable(9.0)], WHOLE)
         table = JobTable(draw, TableSettings(retry_s=0), {"alice": bucket}, clock)
         await table.submit(KEY, order(), is_kept=True)
@@ -248,8 +259,8 @@ def test_a_client_pays_for_a_job_once_and_waits_when_it_has_spent_too_much() -> 
 @pytest.mark.parametrize(
     "settings, image, problem",
     [
-        (TableSettings(max_jobs=1), None, r"1 job with 0\.0 MB of images are open"),
-        (TableSettings(max_uploads=15), b"0123456789", r"1 job with 0\.0 MB of images are open"),
+        (TableSettings(max_jobs=1), None, r"1 job with 0\.0 MB of uploads are open"),
+        (TableSettings(max_uploads=15), b"0123456789", r"1 job with 0\.0 MB of uploads are open"),
     ],
 )
 def test_open_jobs_and_their_uploads_are_bounded(
@@ -270,19 +281,147 @@ def test_open_jobs_and_their_uploads_are_bounded(
     run(work)
 
 
+def test_one_job_that_kills_its_replica_fails_alone() -> None:
+    """All jobs of a replica are lost with it; a suspected one runs alone until it is done."""
+
+    async def work() -> None:
+        running: set[int] = set()
+        killed = asyncio.Event()
+
+        async def draw(
+            order: ImageOrder, source: str, affordable: float, table: str
+        ) -> AsyncGenerator[Event, None]:
+            nonlocal killed
+            seed = order.settings["seed"]
+            running.add(seed)
+            try:
+                yield ACCEPTED
+                if seed == 0:  # the bad one: all that run now are lost
+                    await asyncio.sleep(0)
+                    mine, killed = killed, asyncio.Event()
+                    mine.set()
+                    raise ReplicaLostError("killed")
+                waiting = asyncio.ensure_future(killed.wait())
+                await asyncio.wait([waiting], timeout=0.02)
+                waiting.cancel()
+                if 0 in running or killed.is_set():
+                    raise ReplicaLostError("killed")
+                yield FINISHED
+            finally:
+                running.discard(seed)
+
+        table = JobTable(draw, TableSettings(retry_s=0))
+        keys = [("alice", str(seed)) for seed in range(6)]
+        for seed, key in enumerate(keys):
+            await table.submit(key, order(seed), is_kept=True)
+        states = [(await ended(table, key)).state for key in keys]
+        assert states == ["failed", *["succeeded"] * 5]
+
+    run(work)
+
+
+def test_jobs_at_once_spend_no_more_than_one_after_the_other() -> None:
+    """Each knows what is affordable before another is charged, if they are not kept apart."""
+
+    async def work() -> None:
+        bucket = TokenBucket(per_s=1e-9, burst=10.0, clock=Clock())
+
+        async def draw(
+            order: ImageOrder, source: str, affordable: float, table: str
+        ) -> AsyncGenerator[Event, None]:
+            await asyncio.sleep(0)
+            if affordable < 4.0:
+                yield Unaffordable(4.0)
+                return
+            yield Accepted("model", {}, rows=1, cost=4.0)
+            yield FINISHED
+
+        table = JobTable(draw, buckets={"alice": bucket})
+        keys = [("alice", str(number)) for number in range(9)]
+        for key in keys:
+            await table.submit(key, order(), is_kept=True)
+        states = [(await ended(table, key)).state for key in keys]
+        assert states.count("succeeded") == 2
+
+    run(work)
+
+
+def test_a_job_of_a_lost_table_goes_on_with_its_weights_and_is_not_paid_twice() -> None:
+    async def work() -> None:
+        bucket = TokenBucket(per_s=1e-9, burst=10.0, clock=Clock())
+        draw = Scripted(WHOLE)
+        table = JobTable(draw, buckets={"alice": bucket})
+        await table.submit(KEY, order(), is_kept=True, source="model/2")
+        await ended(table)
+        assert draw.asked[0][1:] == ("model/2", float("inf"))
+        assert bucket.affordable == float("inf")
+
+    run(work)
+
+
+def test_the_fields_of_the_answer_are_not_those_of_the_job() -> None:
+    async def work() -> None:
+        draw = Scripted(WHOLE)
+        table = JobTable(draw)
+        await table.submit(KEY, order(), is_kept=True)
+        await table.submit(KEY, order(stream=True, user="me", response_format="url"), is_kept=True)
+        with pytest.raises(RequestError, match="there with other fields"):
+            await table.submit(KEY, order(output_format="webp"), is_kept=True)
+        await ended(table)
+        assert len(draw.asked) == 1
+
+    run(work)
+
+
+def test_many_jobs_that_have_ended_cost_a_submission_nothing() -> None:
+    """Failed ones are forgotten after the lease; the table holds no more than those."""
+
+    async def work() -> None:
+        clock = Clock()
+        refused = Failed(RequestError("too much", status=429))
+        table = JobTable(Scripted([refused]), clock=clock)
+        for number in range(300):
+            clock.now_s += 1
+            key = ("alice", str(number))
+            await table.submit(key, order(), is_kept=True)
+            assert (await ended(table, key)).state == "failed"
+        with pytest.raises(RequestError, match="there is no job 200"):
+            await table.report(("alice", "200"), 0, 0.0)
+        assert (await table.report(("alice", "290"), 0, 0.0)).state == "failed"
+
+    run(work)
+
+
 def test_a_table_that_drains_takes_no_job_and_ends_with_those_that_run() -> None:
     async def work() -> None:
         draw = Scripted([ACCEPTED, JobProgress(0, 1.0, 5), FINISHED])
         draw.go_on.clear()
         table = JobTable(draw)
         await table.submit(KEY, order(), is_kept=True)
-        assert await table.drain(0.01) == 1
+        draining = asyncio.create_task(table.drain(ENDS_S))
+        await asyncio.sleep(0)
         with pytest.raises(RequestError, match="shutting down") as refused:
             await table.submit(("bob", "job"), order(), is_kept=True)
         assert refused.value.status == 503
         await table.submit(KEY, order(), is_kept=True)  # it is there
         draw.go_on.set()
-        assert await table.drain(ENDS_S) == 0
+        assert await draining == 0
         assert (await ended(table)).progress == JobProgress(0, 1.0, 5)
+
+    run(work)
+
+
+def test_a_table_that_drains_too_long_cuts_jobs_off() -> None:
+    async def work() -> None:
+        draw = Scripted(WHOLE)
+        draw.go_on.clear()
+        table = JobTable(draw)
+        await table.submit(KEY, order(), is_kept=True)
+        assert await table.drain(0.01) == 1
+        (failed,) = (await ended(table)).events
+        assert isinstance(failed, Failed)
+        assert failed.error.status == 503
+        while not draw.closed:
+            await asyncio.sleep(0)
 
     run(work)

@@ -60,9 +60,11 @@ class Server:
     orders: list[ImageOrder] = field(default_factory=list)
 
     def recorded(self, draw: Draw) -> Draw:
-        def drawn(order: ImageOrder, source: str, affordable: float) -> AsyncGenerator[Event, None]:
+        def drawn(
+            order: ImageOrder, source: str, affordable: float, table: str
+        ) -> AsyncGenerator[Event, None]:
             self.orders.append(order)
-            return draw(order, source, affordable)
+            return draw(order, source, affordable, table)
 
         return drawn
 
@@ -223,8 +225,8 @@ def test_previews_come_step_by_step_before_the_image(page: Page, server: Server)
 def test_the_place_in_the_queue_is_shown(page: Page, server: Server) -> None:
     opened(page, server)
     server.gate.allow(0)
-    for job in ("runs", "waits"):  # the engine draws three images at once
-        server.json(f"v1/jobs/{job}", {"n": 3}, "PUT")
+    for job, n in (("runs", 3), ("waits", 1)):  # the engine draws three images at once
+        server.json(f"v1/jobs/{job}", {"n": n}, "PUT")
     generate(page)
     expect(page.locator("#running")).to_contain_text("Place 2 in the queue")
     expect(page.locator("#live")).to_have_text("Place 2 in the queue")

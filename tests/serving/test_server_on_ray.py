@@ -143,11 +143,11 @@ def kill(served: Served, deployment: str) -> None:
 def test_killed_processes_lose_no_job_and_a_signal_drains(
     start: Callable[..., Served],
 ) -> None:
-    """A painter and then the table are killed while a client waits and another has left."""
+    """That of the engine and then that of the table, while one client waits and one has left."""
     served = start()
     assert requests.get(f"{served.url}readyz", timeout=ENDS_S).status_code == 200
     undisturbed = images(served.wait(served.put("first", LONG)["id"]))
-    for victim in ("painter", "table"):
+    for victim in ("engine", "table"):
         served.put(f"job-{victim}", LONG)
         waiting: list[requests.Response] = []
 
@@ -199,7 +199,7 @@ def test_twenty_kills_under_load_change_no_image(start: Callable[..., Served]) -
         one.start()
     try:
         while killed < 20:
-            kill(served, "painter")
+            kill(served, "engine")
             killed += 1
             threading.Event().wait(6.0)  # the load goes on between two kills
     finally:

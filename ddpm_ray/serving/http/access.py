@@ -7,14 +7,14 @@ import hmac
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.requests import Request
 
+from ddpm_ray.config.jobs.serve import LOOPBACK
 from ddpm_ray.serving.request_errors import RequestError
 
 LOCAL = "local"  # the client of a server without tokens
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _TOKEN = re.compile(r"(?:([A-Za-z0-9_.-]{1,64})=)?([\x21-\x2b\x2d-\x7e]{16,512})")
 
 
@@ -53,12 +53,12 @@ class Access:
         """
         host = request.headers.get("host", "")
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _parts(origin).netloc != host:
             raise RequestError(
                 "the request comes from a web page of another site", status=403, code="origin"
             )
         if not self.clients:
-            if urlsplit(f"//{host}").hostname not in LOOPBACK:
+            if _parts(f"//{host}").hostname not in LOOPBACK:
                 raise RequestError(
                     "this server has no tokens and is used as localhost only", status=403
                 )
@@ -74,6 +74,16 @@ class Access:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def _parts(url: str) -> SplitResult:
+    """The parts of a URL; none of one that cannot be read."""
+    try:
+        found = urlsplit(url)
+        _ = found.hostname
+    except ValueError:
+        return urlsplit("")
+    return found
 
 
 def _digest(token: str) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from ddpm_ray.serving.http.following import Jobs, TableLostError
-from ddpm_ray.serving.http.http_server import HttpServer, HttpSettings, lost_error
+from ddpm_ray.serving.http.following import Jobs, TableLostError, table_lost
+from ddpm_ray.serving.http.http_server import HttpServer, HttpSettings
 from ddpm_ray.serving.http.image_routes import image_routes
 from ddpm_ray.serving.http.job_routes import job_routes
 from ddpm_ray.serving.http.server_routes import model_routes, page_routes
-from ddpm_ray.serving.request_errors import RequestError
+from ddpm_ray.serving.request_errors import RequestError, server_error
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ def build_app(jobs: Jobs, settings: HttpSettings) -> FastAPI:
     app.include_router(page_routes(server))
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(RequestValidationError, _wrong_parameter)
+    app.add_exception_handler(TableLostError, _lost)
     app.add_exception_handler(Exception, _failed)
     return app
 
@@ -45,8 +48,17 @@ async def _no_route(request: Request, error: Exception) -> Response:
     return await _refused(request, found)
 
 
+async def _wrong_parameter(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _refused(request, RequestError(f"{name}: {first['msg']}", name))
+
+
+async def _lost(request: Request, _: Exception) -> Response:
+    return await _refused(request, table_lost())
+
+
 async def _failed(request: Request, error: Exception) -> Response:
-    if isinstance(error, TableLostError):
-        return await _refused(request, lost_error())
-    log.error("%s %s has failed", request.method, request.url.path, exc_info=error)
-    return await _refused(request, RequestError("the server has failed", status=500))
+    what = f"{request.method} {request.url.path!a} has failed"
+    return await _refused(request, server_error(log, what, error))

@@ -30,7 +30,8 @@ class Body(NamedTuple):
 async def read_body(request: Request, max_bytes: int, max_s: float) -> Body:
     """Read the fields of a request. Raises RequestError: 400, 408, 413, 415."""
     try:
-        return await asyncio.wait_for(_read(request, max_bytes), max_s)
+        async with asyncio.timeout(max_s):
+            return await _read(request, max_bytes)
     except TimeoutError as error:
         raise RequestError(f"the body did not come within {max_s:g} s", status=408) from error
 

@@ -12,17 +12,26 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
-from ddpm_ray.serving.job_table import JobKey, JobReport
-from ddpm_ray.serving.orders import Event, Failed, ImageOrder, JobProgress, PreviewFiles
+from ddpm_ray.serving.job_entry import TABLE_HEADER, JobKey, JobState
+from ddpm_ray.serving.job_table import JobReport
+from ddpm_ray.serving.orders import (
+    Accepted,
+    Event,
+    Failed,
+    ImageOrder,
+    JobProgress,
+    PreviewFiles,
+)
 from ddpm_ray.serving.request_errors import RequestError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_leaving: set[asyncio.Task[None]] = set()  # asyncio itself holds no task
 POLL_S = 5.0  # a report is waited for so long; JobTable's lease is longer
 LOST_S = 0.5  # pause before a lost table is asked again
 TABLE_S = 60.0  # a table that is lost for longer is given up
+OPEN = ("queued", "running")
+_leaving: set[asyncio.Task[None]] = set()  # asyncio itself holds no task
 
 
 class TableLostError(Exception):
@@ -32,7 +41,7 @@ class TableLostError(Exception):
 class Jobs(Protocol):
     """The job table of a server, in this process or another; all may raise TableLostError."""
 
-    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool) -> None:
+    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "") -> str:
         """See JobTable."""
         ...
 
@@ -40,7 +49,7 @@ class Jobs(Protocol):
         """See JobTable."""
         ...
 
-    async def cancel(self, key: JobKey) -> None:
+    async def cancel(self, key: JobKey) -> JobState:
         """See JobTable."""
         ...
 
@@ -72,12 +81,16 @@ class Followed:
     secret: str = ""
     next: int = 0  # number of the first event that was not read
     report: JobReport | None = None
+    source: str = ""  # of the weights, once it was accepted
+    table: str = ""  # identity of the table that has it
 
     async def submit(self) -> None:
         """Begin the job, or find it. Raises RequestError."""
         assert self.order is not None
         order = self.order
-        await patiently(lambda: self.jobs.submit(self.key, order, self.is_kept))
+        self.table = await patiently(
+            lambda: self.jobs.submit(self.key, order, self.is_kept, self.source)
+        )
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield all events of the job until it has ended, with progress between them.
@@ -89,30 +102,37 @@ class Followed:
         reported: JobProgress | None = None
         while True:
             for event in await self._news():
-                if isinstance(event, PreviewFiles):
-                    if event.number <= shown:  # of a job that began again
+                match event:
+                    case PreviewFiles(number) if number <= shown:  # of a job that began again
                         continue
-                    shown = event.number
+                    case PreviewFiles(number):
+                        shown = number
+                    case Accepted(source):
+                        self.source = source
                 yield event
             if self.report is None:  # the job was submitted again
                 continue
-            if self.report.state not in ("queued", "running"):
+            if self.report.state not in OPEN:
                 return
             if self.report.progress != reported:
                 reported = self.report.progress
                 yield reported
 
     async def _news(self) -> tuple[Event, ...]:
+        ask: Callable[[], Awaitable[JobReport]] = lambda: self.jobs.report(  # noqa: E731
+            self.key, self.next, POLL_S
+        )
         try:
-            report = await self.jobs.report(self.key, self.next, POLL_S)
+            report = await (patiently(ask) if self.order is None else ask())
         except TableLostError:
-            if self.order is None:
-                raise
             await asyncio.sleep(LOST_S)
             return await self._again()
         except RequestError as error:
             if error.status != 404 or self.order is None:
                 raise
+            if error.headers.get(TABLE_HEADER) == self.table:
+                problem = "the job was cancelled, or its images were forgotten"
+                raise RequestError(problem, status=410) from error
             return await self._again()  # the table was started again meanwhile
         self.report, self.secret = report, report.secret
         self.next += len(report.events)
@@ -124,16 +144,16 @@ class Followed:
         self.next, self.report = 0, None
         return ()
 
-    async def first(self) -> Event:
-        """The first event, which shows whether the job was accepted. Raises its RequestError."""
-        async with contextlib.aclosing(self.events()) as events:
-            async for event in events:
-                if isinstance(event, Failed):
-                    raise event.error
-                if not isinstance(event, JobProgress):
-                    self.next = 0
-                    return event
-        raise RequestError("the job was forgotten before it began", status=500)
+    async def first(self, timeout_s: float | None = None) -> None:
+        """Wait until the job was accepted, or `timeout_s`. Raises the RequestError of a refusal."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), contextlib.aclosing(self.events()) as events:
+                async for event in events:
+                    if isinstance(event, Failed):
+                        raise event.error
+                    if not isinstance(event, JobProgress):
+                        break
+        self.next = 0  # the stream of the answer begins with the first event
 
     async def leave(self) -> None:
         """The request no longer follows it: a job that is not kept ends.
@@ -162,12 +182,14 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
         except TableLostError as error:
             if asyncio.get_running_loop().time() > until_s:
                 log.error("the job table does not come back: %s", error)
-                raise RequestError(
-                    "the jobs of this server cannot be reached",
-                    status=503,
-                    headers={"Retry-After": "30"},
-                ) from error
+                raise table_lost() from error
             await asyncio.sleep(LOST_S)
+
+
+def table_lost() -> RequestError:
+    """The error of a server whose job table cannot be reached."""
+    problem = "the jobs of this server cannot be reached: submit the job again, with its id"
+    return RequestError(problem, status=503, headers={"Retry-After": "5"})
 
 
 async def unless_left(request: Request, work: Awaitable[T]) -> T:

@@ -15,13 +15,14 @@ from starlette.responses import Response, StreamingResponse
 from ddpm_ray.serving.http.access import Access
 from ddpm_ray.serving.http.answers import Answer, sse
 from ddpm_ray.serving.http.bodies import Body, read_body
-from ddpm_ray.serving.http.following import Followed, Jobs, TableLostError
+from ddpm_ray.serving.http.following import Followed, Jobs, TableLostError, table_lost
 from ddpm_ray.serving.http.schemas import REQUESTS
-from ddpm_ray.serving.image_requests import of_form, parsed_request
+from ddpm_ray.serving.image_requests import UPLOADS, of_form, parsed_request
 from ddpm_ray.serving.orders import ImageOrder, Kind
 from ddpm_ray.serving.request_errors import RequestError
 
 SEEDS = 2**31  # of requests without a seed; a client that knows it repeats the images
+MOST_BODIES = 256 * 2**20  # bytes of the bodies that are read at once; other requests wait
 QUIET_S = 15.0  # a stream without events has a comment so often, so that no proxy ends it
 
 
@@ -39,6 +40,7 @@ class HttpServer:
 
     def __init__(self, jobs: Jobs, settings: HttpSettings) -> None:
         self.jobs, self.settings = jobs, settings
+        self._reading = asyncio.Semaphore(max(1, MOST_BODIES // settings.max_body))
 
     def client(self, request: Request) -> str:
         """The client of a request. Raises RequestError."""
@@ -46,13 +48,14 @@ class HttpServer:
 
     async def body(self, request: Request) -> Body:
         """The body of a request. Raises RequestError."""
-        return await read_body(request, self.settings.max_body, self.settings.max_body_s)
+        async with self._reading:
+            return await read_body(request, self.settings.max_body, self.settings.max_body_s)
 
     def followed(self, client: str, job_id: str) -> Followed:
         """A job that is there."""
         return Followed(self.jobs, (client, job_id), None, is_kept=True)
 
-    async def streamed(self, followed: Followed, answer: Answer) -> Response:
+    def streamed(self, followed: Followed, answer: Answer) -> Response:
         """Server-sent events of a job, once it has been accepted."""
         return StreamingResponse(
             self._stream(followed, answer),
@@ -65,24 +68,25 @@ class HttpServer:
             async for text in _with_comments(_texts(followed, answer)):
                 yield text
         except (RequestError, TableLostError) as error:
-            problem = error if isinstance(error, RequestError) else lost_error()
+            problem = error if isinstance(error, RequestError) else table_lost()
             yield sse("error", problem.body())
         finally:
             if not followed.is_kept:
                 await followed.leave()
 
 
-def order_of(kind: Kind, body: Body, seed_text: str, *, is_job: bool = False) -> ImageOrder:
-    """The order of a request, with a seed: of `seed_text` if there is one. Raises RequestError.
+def order_of(kind: Kind, body: Body, seed_text: str = "", *, is_job: bool = False) -> ImageOrder:
+    """The order of a request. Raises RequestError.
 
-    So a job that is submitted again by its id draws the same images, whatever was lost meanwhile.
+    If it has no seed, its seed is a hash of `seed_text`, or is drawn where that is empty. With the
+    client and id of a job as text, a job that is submitted again draws the same images.
     """
-    needed = {"generation": (), "edit": ("image",), "variation": ("image",)}[kind]
+    needed, possible = UPLOADS[kind]
     for name in needed:
         if name not in body.files:
             raise RequestError(f"{name} is missing", name)
     for name in body.files:
-        if name not in needed and (name, kind) != ("mask", "edit"):
+        if name not in possible:
             raise RequestError(f"there is no field {name} in a {kind}", name)
     values = of_form(REQUESTS[kind], body.values) if body.is_form else body.values
     request, settings = parsed_request(REQUESTS[kind], values, is_job=is_job)
@@ -119,9 +123,3 @@ async def _with_comments(texts: AsyncGenerator[str, None]) -> AsyncGenerator[str
         finally:
             coming.cancel()
             await asyncio.gather(coming, return_exceptions=True)
-
-
-def lost_error() -> RequestError:
-    """The error of a job whose table was lost."""
-    problem = "the job was lost with the process that held it: submit it again, with its id"
-    return RequestError(problem, status=503, headers={"Retry-After": "1"})

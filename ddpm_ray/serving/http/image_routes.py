@@ -12,7 +12,7 @@ from ddpm_ray.serving.http.answers import Answer
 from ddpm_ray.serving.http.following import Followed, unless_left
 from ddpm_ray.serving.http.http_server import HttpServer, order_of
 from ddpm_ray.serving.http.schemas import request_schema
-from ddpm_ray.serving.orders import Kind
+from ddpm_ray.serving.orders import Failed, Kind
 
 ROUTES: dict[str, Kind] = {"generations": "generation", "edits": "edit", "variations": "variation"}
 
@@ -27,7 +27,7 @@ def image_routes(server: HttpServer) -> APIRouter:
         async def images(request: Request) -> Response:
             """Draw images; the answer has them, or is a stream of events."""
             client = server.client(request)
-            order = order_of(kind, await server.body(request), "")
+            order = order_of(kind, await server.body(request))
             key = client, secrets.token_hex(16)
             followed = Followed(server.jobs, key, order, is_kept=False)
             await followed.submit()
@@ -38,7 +38,7 @@ def image_routes(server: HttpServer) -> APIRouter:
                 except BaseException:
                     await followed.leave()
                     raise
-                return await server.streamed(followed, answer)
+                return server.streamed(followed, answer)
             try:
                 await unless_left(request, _finished(followed, answer))
             finally:
@@ -68,6 +68,6 @@ async def _finished(followed: Followed, answer: Answer) -> None:
     async with contextlib.aclosing(followed.events()) as events:
         async for event in events:
             answer.note(event)
-            if (error := getattr(event, "error", None)) is not None:
-                raise error
+            if isinstance(event, Failed):
+                raise event.error
     answer.secret = followed.secret

@@ -9,14 +9,17 @@ import re
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from ddpm_ray.config.option_fields import shown
 from ddpm_ray.serving.http.answers import Answer, job_fields
-from ddpm_ray.serving.http.following import Followed, patiently, unless_left
+from ddpm_ray.serving.http.following import OPEN, Followed, patiently, unless_left
 from ddpm_ray.serving.http.http_server import HttpServer, order_of
 from ddpm_ray.serving.http.schemas import REQUESTS
 from ddpm_ray.serving.request_errors import RequestError
 
 JOB_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MOST_WAIT_S = 300.0
+FIRST_S = 5.0  # PUT waits so long for the job to be accepted or refused
+NO_EVENTS = 2**31  # number of an event that no job has: a report without events
 
 
 def job_routes(server: HttpServer) -> APIRouter:
@@ -31,15 +34,15 @@ def job_routes(server: HttpServer) -> APIRouter:
             raise RequestError("id has 1 to 128 letters, digits, and any of _ . : -", "id")
         body = await server.body(request)
         kind = body.values.pop("kind", "generation")
-        if kind not in REQUESTS:
-            raise RequestError(f"kind is {kind!r}; choose from {', '.join(REQUESTS)}", "kind")
+        if not isinstance(kind, str) or kind not in REQUESTS:
+            raise RequestError(f"kind is {shown(kind)}; choose from {', '.join(REQUESTS)}", "kind")
         order = order_of(kind, body, f"{client}/{job_id}", is_job=True)
         followed = Followed(server.jobs, (client, job_id), order, is_kept=True)
         await followed.submit()
         answer = Answer(kind, order.request, "", str(request.base_url), is_job=True)
-        await unless_left(request, followed.first())
+        await unless_left(request, followed.first(FIRST_S))
         if order.request.stream:
-            return await server.streamed(followed, answer)
+            return server.streamed(followed, answer)
         return await _job(followed, answer, job_id, 0.0, request)
 
     @router.get("/{job_id}")
@@ -52,19 +55,19 @@ def job_routes(server: HttpServer) -> APIRouter:
     async def events(request: Request, job_id: str) -> Response:
         """All events of a job, from its first one on, until it has ended."""
         followed, answer = await found(request, job_id)
-        return await server.streamed(followed, answer)
+        return server.streamed(followed, answer)
 
     @router.delete("/{job_id}")
     async def delete(request: Request, job_id: str) -> Response:
         """End a job before its next step; one that has ended is forgotten."""
         key = server.client(request), job_id
-        await patiently(lambda: server.jobs.cancel(key))
-        return JSONResponse({"id": job_id, "object": "job", "status": "cancelled"})
+        state = await patiently(lambda: server.jobs.cancel(key))
+        return JSONResponse({"id": job_id, "object": "job", "status": state})
 
     async def found(request: Request, job_id: str) -> tuple[Followed, Answer]:
         """A job that is there, and an answer about it."""
         followed = server.followed(server.client(request), job_id)
-        report = await patiently(lambda: server.jobs.report(followed.key, 0, 0.0))
+        report = await patiently(lambda: server.jobs.report(followed.key, NO_EVENTS, 0.0))
         answer = Answer(
             report.kind, report.request, report.secret, str(request.base_url), is_job=True
         )
@@ -76,18 +79,25 @@ def job_routes(server: HttpServer) -> APIRouter:
 async def _job(
     followed: Followed, answer: Answer, job_id: str, wait_s: float, request: Request
 ) -> Response:
-    """The state of a job, after up to `wait_s`."""
+    """The state of a job, after up to `wait_s`, with its images if it has ended."""
 
     async def ended() -> None:
         """Wait for its end."""
-        async for event in followed.events():
-            answer.note(event)
+        with contextlib.suppress(TimeoutError):
+            async with (
+                asyncio.timeout(wait_s),
+                contextlib.aclosing(followed.events()) as events,
+            ):
+                async for _ in events:
+                    pass
 
-    with contextlib.suppress(TimeoutError):
-        await unless_left(request, asyncio.wait_for(ended(), wait_s or None)) if wait_s else None
-    report = await patiently(lambda: followed.jobs.report(followed.key, 0, 0.0))
+    if wait_s:
+        await unless_left(request, ended())
+    report = await patiently(lambda: followed.jobs.report(followed.key, NO_EVENTS, 0.0))
+    if report.state not in OPEN:
+        report = await patiently(lambda: followed.jobs.report(followed.key, 0, 0.0))
     for event in report.events:
         answer.note(event)
     answer.secret = report.secret
-    done = report.state not in ("queued", "running")
-    return JSONResponse(job_fields(job_id, report, answer), status_code=200 if done else 202)
+    status = 202 if report.state in OPEN else 200
+    return JSONResponse(job_fields(job_id, report, answer), status_code=status)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.serving.image_requests import (
     EXTENSIONS,
+    UPLOADS,
     EditRequest,
     ImageRequest,
     VariationRequest,
@@ -38,15 +39,12 @@ def request_schema(kind: Kind) -> dict[str, Any]:
     for item in fields(settings):
         if item.name in EXTENSIONS:
             found[item.name] = _field(item, get_type_hints(settings)[item.name], has_default=False)
-    if kind != "generation":
-        found["image"] = BASE64
-    if kind == "edit":
-        found["mask"] = BASE64
-    required = [] if kind == "generation" else ["image"]
+    needed, possible = UPLOADS[kind]
+    found |= dict.fromkeys(possible, BASE64)
     return {
         "type": "object",
         "properties": found,
-        "required": required,
+        "required": list(needed),
         "additionalProperties": False,
     }
 

@@ -14,6 +14,7 @@ from ddpm_ray.serving.http.http_server import HttpServer
 from ddpm_ray.serving.http.schemas import chat_tools
 from ddpm_ray.serving.request_errors import RequestError
 
+READY_S = 5.0  # the job table answers within this time, or the server is not ready
 PAGE = ("index.html", "page.js", "page.css")
 MEDIA = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 
@@ -67,8 +68,9 @@ def page_routes(server: HttpServer) -> APIRouter:
     async def ready() -> Response:
         """Whether requests are served: 200, or 503 while models are loaded."""
         try:
-            found = await asyncio.wait_for(server.jobs.models(), 5.0)
-        except (TimeoutError, TableLostError):
+            async with asyncio.timeout(READY_S):
+                found = await server.jobs.models()
+        except (TimeoutError, TableLostError, RequestError):
             found = []
         state = {"status": "ready" if found else "loading"}
         return JSONResponse(state, status_code=200 if found else 503)

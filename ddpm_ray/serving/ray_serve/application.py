@@ -17,13 +17,19 @@ from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.runs.model_sources import ModelSources
 from ddpm_ray.serving.http.access import clients_of
 from ddpm_ray.serving.ray_serve.autoscaling import QueuePolicy
-from ddpm_ray.serving.ray_serve.deployments import Api, Painter, ServerSetup, Table
+from ddpm_ray.serving.ray_serve.deployments import (
+    ApiReplica,
+    EngineReplica,
+    ServerSetup,
+    TableReplica,
+)
 from ddpm_ray.tracking.model_uri import resolve_model_uri, shown_name
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 
 TOKENS = "DDPM_RAY_TOKENS"
 MOST_REQUESTS = 10_000  # at once, of a process: the job table bounds them
 HEALTH_S = 2.0  # Ray Serve looks for lost processes so often; its default is 10 s
+EXIT_S = 10.0  # a process has so long to end after its jobs
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -75,10 +81,7 @@ def server_setup(
         )
     tracking_uri = resolve_tracking_uri(home)
     sources = ModelSources(home, tracking_uri)
-    pinned = {
-        name: uri if uri.startswith("models:/") else sources.source(uri)
-        for name, uri in uris.items()
-    }
+    pinned = {name: sources.pinned(uri) for name, uri in uris.items()}
     return ServerSetup(config, pinned, clients, str(home), tracking_uri)
 
 
@@ -88,18 +91,24 @@ def application(setup: ServerSetup) -> Application:
     common = {
         "max_ongoing_requests": MOST_REQUESTS,
         "health_check_period_s": HEALTH_S,
-        "graceful_shutdown_timeout_s": drain_s,
         "logging_config": QUIET,
     }
-    light = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0}, **common}
-    painter = serve.deployment(Painter, name="painter").options(
+    light = {
+        "num_replicas": 1,
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": drain_s + EXIT_S,
+        **common,
+    }
+    engine = serve.deployment(EngineReplica, name="engine").options(
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        # One that autoscaling removes takes no more jobs, and ends once its longest has ended.
+        graceful_shutdown_timeout_s=setup.config.limits.max_job_s + EXIT_S,
         **_replicas(replicas),
         **common,
     )
-    table = serve.deployment(Table, name="table").options(**light)
-    api = serve.deployment(serve.ingress()(Api), name="api").options(**light)
-    return api.bind(setup, table.bind(setup, painter.bind(setup)))
+    table = serve.deployment(TableReplica, name="table").options(**light)
+    api = serve.deployment(serve.ingress()(ApiReplica), name="api").options(**light)
+    return api.bind(setup, table.bind(setup, engine.bind(setup)))
 
 
 def _replicas(config: ReplicasConfig) -> dict[str, object]:

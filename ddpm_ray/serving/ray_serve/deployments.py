@@ -1,13 +1,14 @@
 """Classes that run in the processes of a server.
 
-- `Painter`: models with their engines, on a GPU; as many processes as the work needs
-- `Table`: the job table, in one process
-- `Api`: the HTTP interface, behind Ray Serve's proxies
+- `EngineReplica`: models with their engines, on a GPU; as many processes as the work needs
+- `TableReplica`: the job table, in one process
+- `ApiReplica`: the HTTP interface, behind Ray Serve's proxies
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
@@ -15,15 +16,18 @@ from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ddpm_ray.config.jobs.serve import ServeConfig
 from ddpm_ray.serving.http.access import Access
 from ddpm_ray.serving.http.app import build_app
 from ddpm_ray.serving.http.http_server import HttpSettings
-from ddpm_ray.serving.job_table import JobKey, JobTable, TableSettings
+from ddpm_ray.serving.job_entry import JobKey
+from ddpm_ray.serving.job_table import JobTable, TableSettings
 from ddpm_ray.serving.limits import TokenBucket
-from ddpm_ray.serving.orders import Event, ImageOrder, WorkerLostError
+from ddpm_ray.serving.orders import Event, ImageOrder, ReplicaLostError
 from ddpm_ray.serving.ray_serve.autoscaling import QUEUED_S
 from ddpm_ray.serving.ray_serve.handles import RemoteDraw, RemoteJobs
 from ddpm_ray.serving.request_errors import RequestError
@@ -49,7 +53,7 @@ class ServerSetup:
     tracking_uri: str
 
 
-class Painter:
+class EngineReplica:
     """Draws: a process with all models."""
 
     def __init__(self, setup: ServerSetup) -> None:
@@ -57,23 +61,23 @@ class Painter:
         self._setup = setup
         import torch  # heavy, and other processes need none of it
 
-        from ddpm_ray.serving.ray_serve.painting import painter_models, painter_service
-        from ddpm_ray.serving.worker import Worker
+        from ddpm_ray.serving.order_runner import OrderRunner
+        from ddpm_ray.serving.ray_serve.engine_models import engine_models, engine_service
 
         torch.set_num_threads(max(1, round(setup.config.replicas.cpus)))
-        self._models = painter_models(setup)
-        self._worker = Worker(painter_service(setup.config, self._models))
+        self._models = engine_models(setup)
+        self._runner = OrderRunner(engine_service(setup.config, self._models))
         self._looked_s = time.monotonic()
         self._looking: asyncio.Task[list[str]] | None = None
 
     async def draw(
-        self, order: ImageOrder, source: str, affordable: float
-    ) -> AsyncGenerator[Event | WorkerLostError, None]:
-        """See Worker; a WorkerLostError is yielded, since Ray would raise another class."""
+        self, order: ImageOrder, source: str, affordable: float, table: str
+    ) -> AsyncGenerator[Event | ReplicaLostError, None]:
+        """See OrderRunner; a ReplicaLostError is yielded, since Ray would raise another class."""
         try:
-            async for event in self._worker.draw(order, source, affordable):
+            async for event in self._runner.draw(order, source, affordable, table):
                 yield event
-        except WorkerLostError as error:
+        except ReplicaLostError as error:
             yield error
 
     async def models(self) -> list[dict[str, Any]]:
@@ -81,15 +85,17 @@ class Painter:
         return [one.facts for one in self._models.current]
 
     async def check_health(self) -> None:
-        """Raise RuntimeError where a network call does not end: Ray Serve replaces the process.
+        """Raise RuntimeError where jobs do not go on, or none can succeed: the replica is replaced.
 
         Ray Serve calls this every few seconds, so the registry is looked at from here.
         """
         limit_s = self._setup.config.replicas.stall_timeout_s
         for one in self._models.current:
-            if (stalled_s := one.engine.busy_s) > limit_s:
+            if fault := one.engine.fault:
+                raise RuntimeError(f"{one.name}: {fault}")
+            if (stalled_s := one.engine.stalled_s) > limit_s:
                 raise RuntimeError(
-                    f"a network call of {one.name} has run for {stalled_s:.0f} s, more than "
+                    f"no job of {one.name} has gone on for {stalled_s:.0f} s, more than "
                     f"replicas.stall_timeout_s={limit_s:g}"
                 )
         done = self._looking is None or self._looking.done()
@@ -106,10 +112,10 @@ class Painter:
         return {QUEUED_S: seconds}
 
 
-class Table:
+class TableReplica:
     """The job table of the server. RequestErrors are returned: see RemoteJobs."""
 
-    def __init__(self, setup: ServerSetup, painters: DeploymentHandle) -> None:
+    def __init__(self, setup: ServerSetup, engines: DeploymentHandle) -> None:
         start_log()
         limits = setup.config.limits
         per_s, burst_s = limits.client_megapixels_per_s, limits.client_burst_s
@@ -118,16 +124,16 @@ class Table:
             names = setup.clients or {"local": ""}
             buckets = {name: TokenBucket(per_s, per_s * burst_s) for name in names}
         settings = TableSettings(kept_s=limits.kept_s, kept_bytes=round(limits.kept_mb * MB))
-        self._table = JobTable(RemoteDraw(painters), settings, buckets)
-        self._painters = painters
+        self._table = JobTable(RemoteDraw(engines), settings, buckets)
+        self._engines, self._drain_s = engines, setup.config.drain_s
         self._models: list[dict[str, Any]] = []
         self._asked_s = 0.0
         self._sweeping: asyncio.Task[None] | None = None
 
-    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool) -> Any:
+    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "") -> Any:
         """See JobTable."""
         self._sweeping = self._sweeping or asyncio.create_task(self._sweep())
-        return await _returned(self._table.submit(key, order, is_kept))
+        return await _returned(self._table.submit(key, order, is_kept, source))
 
     async def report(self, key: JobKey, first: int, timeout_s: float) -> Any:
         """See JobTable."""
@@ -143,18 +149,14 @@ class Table:
 
     async def file(self, secret: str, index: int) -> Any:
         """See JobTable."""
-
-        async def found() -> tuple[bytes, str]:
-            """The file."""
-            return self._table.file(secret, index)
-
-        return await _returned(found())
+        return await _returned(self._table.file(secret, index))
 
     async def models(self) -> list[dict[str, Any]]:
-        """The models that are served now."""
+        """The models that are served now, or were when a replica last answered."""
         if time.monotonic() - self._asked_s > MODELS_S or not self._models:
-            self._models = await self._painters.models.remote()
-            self._asked_s = time.monotonic()
+            with contextlib.suppress(RayError, RayServeException):
+                self._models = await self._engines.models.remote()
+                self._asked_s = time.monotonic()
         return self._models
 
     async def metrics_text(self) -> str:
@@ -165,13 +167,17 @@ class Table:
         """See JobTable."""
         return await self._table.drain(timeout_s)
 
+    async def __del__(self) -> None:
+        """Ray Serve waits for this before it ends the process: jobs may end."""
+        await self._table.drain(self._drain_s)
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
             self._table.sweep()
 
 
-class Api:
+class ApiReplica:
     """The HTTP interface; Ray Serve asks for its application."""
 
     def __init__(self, setup: ServerSetup, table: DeploymentHandle) -> None:

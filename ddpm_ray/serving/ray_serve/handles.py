@@ -10,8 +10,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ddpm_ray.serving.http.following import TableLostError
-from ddpm_ray.serving.job_table import JobKey, JobReport
-from ddpm_ray.serving.orders import Event, ImageOrder, WorkerLostError
+from ddpm_ray.serving.job_entry import JobKey, JobState
+from ddpm_ray.serving.job_table import JobReport
+from ddpm_ray.serving.orders import Event, ImageOrder, ReplicaLostError
 from ddpm_ray.serving.request_errors import RequestError
 
 T = TypeVar("T")
@@ -27,18 +28,20 @@ class RemoteJobs:
     def __init__(self, table: DeploymentHandle) -> None:
         self._table = table
 
-    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool) -> None:
+    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "") -> str:
         """See JobTable."""
-        await self._ask("submit", key, order, is_kept)
+        found: str = await self._ask("submit", key, order, is_kept, source)
+        return found
 
     async def report(self, key: JobKey, first: int, timeout_s: float) -> JobReport:
         """See JobTable."""
         found: JobReport = await self._ask("report", key, first, timeout_s)
         return found
 
-    async def cancel(self, key: JobKey) -> None:
+    async def cancel(self, key: JobKey) -> JobState:
         """See JobTable."""
-        await self._ask("cancel", key)
+        found: JobState = await self._ask("cancel", key)
+        return found
 
     async def leave(self, key: JobKey) -> None:
         """See JobTable."""
@@ -74,23 +77,23 @@ class RemoteJobs:
 class RemoteDraw:
     """Runs orders in the processes of a deployment, as `Draw`."""
 
-    def __init__(self, workers: DeploymentHandle) -> None:
-        self._workers = workers.options(stream=True)
+    def __init__(self, engines: DeploymentHandle) -> None:
+        self._engines = engines.options(stream=True)
 
     async def __call__(
-        self, order: ImageOrder, source: str, affordable: float
+        self, order: ImageOrder, source: str, affordable: float, table: str
     ) -> AsyncGenerator[Event, None]:
-        """Yield the events of an order; raises WorkerLostError."""
-        events = self._workers.draw.remote(order, source, affordable)
+        """Yield the events of an order; raises ReplicaLostError."""
+        events = self._engines.draw.remote(order, source, affordable, table)
         try:
             async for event in events:
-                if isinstance(event, WorkerLostError):
+                if isinstance(event, ReplicaLostError):
                     raise event
                 yield event
         except RayTaskError:
             raise
         except (RayError, RayServeException) as error:
-            raise WorkerLostError(_first_line(error)) from error
+            raise ReplicaLostError(_first_line(error)) from error
         finally:
             events.cancel()
 

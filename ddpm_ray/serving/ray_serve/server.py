@@ -8,20 +8,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from ddpm_ray.config.jobs.serve import ServeConfig
 from ddpm_ray.distributed.connection import connect
 from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.distributed.signals import Interrupts
+from ddpm_ray.redaction import counted
 from ddpm_ray.serving.ray_serve.application import QUIET, application, named_uris, server_setup
 from ddpm_ray.serving.ray_serve.deployments import ServerSetup
 
 log = logging.getLogger(__name__)
 
 APP = "ddpm-ray"
+ANSWER_S = 10.0  # the job table answers within this time
 
 
 def run_until_signal(config: ServeConfig, model_uri: str, home: Path) -> dict[str, Any]:
@@ -29,20 +31,47 @@ def run_until_signal(config: ServeConfig, model_uri: str, home: Path) -> dict[st
     uris = named_uris(config, model_uri, home)
     setup = server_setup(config, uris, home, config.is_loopback)
     replicas = config.replicas
-    connect(config.address, replicas.max * replicas.cpus, replicas.min * replicas.gpus)
-    if _is_serving():
-        raise RunFailedError(f"this Ray cluster serves {APP} already: end that server first")
+    connect(
+        config.address,
+        replicas.max * replicas.cpus,
+        replicas.min * replicas.gpus,
+        options=("address", "replicas.gpus"),
+    )
+    is_ours = _require_free(config)
     log.info("loading %s", ", ".join(f"{name} ({uri})" for name, uri in setup.uris.items()))
-    url = _start(setup)
-    who = "this machine alone" if not setup.clients else f"clients {', '.join(setup.clients)}"
-    log.info("%s is ready, for %s: the web page, and the API below %sv1", url, who, url)
-    log.info("Ctrl-C or SIGTERM ends it, once jobs have ended or %g s are over", config.drain_s)
-    with Interrupts(most=1) as signals:
-        while not signals.count:
-            threading.Event().wait(0.5)  # of the main thread: a signal interrupts no longer wait
-        log.info("no more jobs are taken; waiting for those that run")
-        left = _stop(config.drain_s)
+    try:
+        url = _start(setup)
+        who = "this machine alone" if not setup.clients else f"clients {', '.join(setup.clients)}"
+        log.info("%s is ready, for %s: the web page, and the API below %sv1", url, who, url)
+        log.info("Ctrl-C or SIGTERM ends it, once jobs have ended or %g s are over", config.drain_s)
+        with Interrupts(most=1) as signals:
+            while not signals.count:
+                threading.Event().wait(0.5)  # a signal interrupts no longer wait here
+            log.info("no more jobs are taken; waiting for those that run")
+            left = _drain(config.drain_s)
+    finally:  # a Ray that others use would serve on
+        serve.delete(APP)
+        if is_ours:
+            serve.shutdown()
     return {"url": url, "models": dict(setup.uris), "jobs_cut_off": left}
+
+
+def _require_free(config: ServeConfig) -> bool:
+    """Raise RunFailedError where this Ray serves already; return whether Ray Serve is to start.
+
+    Ray Serve has one address for all applications of a cluster, that of its first start.
+    """
+    status = serve.status()
+    if APP in status.applications:
+        raise RunFailedError(
+            f"this Ray cluster serves {APP} already: end that job, or `serve delete {APP}`"
+        )
+    if status.proxies and config.is_loopback:
+        raise RunFailedError(
+            f"host is {config.host}, and Ray Serve runs on this cluster already, at an address of "
+            f"its own: give that as host and port, with tokens, or end it by `serve shutdown`"
+        )
+    return not status.proxies
 
 
 def _start(setup: ServerSetup) -> str:
@@ -61,15 +90,15 @@ def _start(setup: ServerSetup) -> str:
     return f"http://{host}:{config.port}/"
 
 
-def _stop(drain_s: float) -> int:
-    """Refuse new jobs, wait for those that run, end the server; return the jobs that were cut."""
-    table = serve.get_deployment_handle("table", APP)
+def _drain(drain_s: float) -> int | None:
+    """Refuse new jobs, wait for those that run, end the rest; return their number, if known."""
     begun_s = time.monotonic()
-    left: int = table.drain.remote(drain_s).result(timeout_s=drain_s + 10)
-    log.info("jobs have ended after %.1f s", time.monotonic() - begun_s)
-    serve.shutdown()
+    try:
+        table = serve.get_deployment_handle("table", APP)
+        left: int = table.drain.remote(drain_s).result(timeout_s=drain_s + ANSWER_S)
+    except (RayError, TimeoutError) as error:
+        log.warning("the job table does not answer (%s); its jobs are lost", type(error).__name__)
+        return None
+    took_s = time.monotonic() - begun_s
+    log.info("%s cut off, after %.1f s", counted(left, "job"), took_s)
     return left
-
-
-def _is_serving() -> bool:
-    return ray.is_initialized() and APP in serve.status().applications

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def painter_models(setup: ServerSetup) -> ServedModels:
+def engine_models(setup: ServerSetup) -> ServedModels:
     """Load the models of a server and warm them up."""
     config = setup.config
     device = "cuda" if config.replicas.gpus else "cpu"
@@ -45,7 +45,8 @@ def painter_models(setup: ServerSetup) -> ServedModels:
 
     def warm(served: LoadedModel) -> None:
         """Measure the width, if it is not given, and the rate of network calls."""
-        if not batch.width:
+        _, known_rate = served.engine.load
+        if not batch.width and not known_rate:  # later ones come while jobs run: not to be timed
             width = _profiled(served, batch.most_width)
             served.engine.settings = replace(served.engine.settings, width=width)
         count = served.engine.settings.width
@@ -63,7 +64,7 @@ def painter_models(setup: ServerSetup) -> ServedModels:
     return ServedModels(setup.uris, loader, engine, warm)
 
 
-def painter_service(config: ServeConfig, models: ServedModels) -> ImageService:
+def engine_service(config: ServeConfig, models: ServedModels) -> ImageService:
     """The service of these models, with the configured limits."""
     limits = RequestLimits(config.limits.max_steps, config.limits.max_pixels)
     return ImageService(

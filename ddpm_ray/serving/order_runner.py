@@ -1,4 +1,4 @@
-"""A server process: runs orders, and yields their events."""
+"""Runs orders in a replica of the engine, and yields their events."""
 
 from __future__ import annotations
 
@@ -14,43 +14,57 @@ from ddpm_ray.serving.image_jobs import ImageJob
 from ddpm_ray.serving.image_requests import ImageRequest
 from ddpm_ray.serving.image_service import ImageService, UnaffordableError
 from ddpm_ray.serving.orders import (
+    Accepted,
     Event,
     Failed,
     Finished,
     ImageOrder,
     JobProgress,
     PreviewFiles,
+    ReplicaLostError,
     Unaffordable,
-    WorkerLostError,
 )
-from ddpm_ray.serving.request_errors import RequestError
+from ddpm_ray.serving.request_errors import RequestError, server_error
 
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.5  # between two reports of progress
 
-Inbox: TypeAlias = "asyncio.Queue[Event | WorkerLostError]"
+Inbox: TypeAlias = "asyncio.Queue[Event | ReplicaLostError]"
+Started: TypeAlias = "asyncio.Future[tuple[ImageJob, Accepted]]"
 
 
-class Worker:
+class OrderRunner:
     """Runs the orders of a service; its `draw` is a `Draw`."""
 
     def __init__(self, service: ImageService) -> None:
         self.service = service
+        self._table = ""  # identity of the job table whose orders run
+        self._jobs: set[ImageJob] = set()
 
     async def draw(
-        self, order: ImageOrder, source: str = "", affordable: float = float("inf")
+        self, order: ImageOrder, source: str, affordable: float, table: str
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of an order; closing the generator ends its job before the next step."""
+        if table != self._table:  # a table that was lost cannot close the generators of its orders
+            for left in self._jobs:
+                left.cancel()
+            self._table = table
+        # Reading an upload and a model may take seconds.
+        start = asyncio.to_thread(self.service.start, order, source, affordable)
+        starting = asyncio.ensure_future(start)
         try:
-            # Reading an upload and a model may take seconds.
-            job, accepted = await asyncio.to_thread(self.service.start, order, source, affordable)
+            job, accepted = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_cancel_started)  # the thread goes on
+            raise
         except RequestError as error:
             yield Failed(error)
             return
         except UnaffordableError as error:
             yield Unaffordable(error.args[0])
             return
+        self._jobs.add(job)
         try:
             yield accepted
             inbox: Inbox = asyncio.Queue()
@@ -62,6 +76,13 @@ class Worker:
                 yield event
         finally:
             job.cancel()
+            self._jobs.discard(job)
+
+
+def _cancel_started(starting: Started) -> None:
+    """Cancel a job that has begun after nobody waited for it."""
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result()[0].cancel()
 
 
 async def _events(job: ImageJob, inbox: Inbox) -> AsyncGenerator[Event, None]:
@@ -70,13 +91,14 @@ async def _events(job: ImageJob, inbox: Inbox) -> AsyncGenerator[Event, None]:
     yield shown
     while True:
         try:
-            event = await asyncio.wait_for(inbox.get(), PROGRESS_S)
+            async with asyncio.timeout(PROGRESS_S):  # not wait_for: see JobTable.report
+                event = await inbox.get()
         except TimeoutError:
             event = _progress(job)
             if event == shown:
                 continue
             shown = event
-        if isinstance(event, WorkerLostError):
+        if isinstance(event, ReplicaLostError):
             raise event
         if isinstance(event, Finished | Failed):
             yield _progress(job)
@@ -94,7 +116,7 @@ def _watch(
 ) -> None:
     """Encode previews and images as they come, in a thread: the loop has other jobs to serve."""
 
-    def report(event: Event | WorkerLostError) -> None:
+    def report(event: Event | ReplicaLostError) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(inbox.put_nowait, event)
 
@@ -104,8 +126,9 @@ def _watch(
             report(PreviewFiles(preview.number, files))
         report(Finished(tuple(job.files(request.output_format))))
     except JobCancelledError as error:  # by a service that is closed
-        report(WorkerLostError(str(error)))
-    except Exception as error:
-        log.exception("a job has failed")
-        problem = f"the images could not be drawn ({type(error).__name__}: {error})"
-        report(Failed(RequestError(problem, status=500)))
+        report(ReplicaLostError(str(error)))
+    except BaseException as error:  # noqa: BLE001 - one that a network raised, as SystemExit, too
+        if job.job.is_lost:
+            report(ReplicaLostError(f"its engine has failed ({type(error).__name__}: {error})"))
+        else:
+            report(Failed(server_error(log, "the images could not be drawn", error)))
