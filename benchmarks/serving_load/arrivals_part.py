@@ -9,7 +9,7 @@ from functools import partial
 from benchmarks.serving_load.contestants import CONTESTANTS, WIDTH, Contestant
 from benchmarks.serving_load.models import call_s, drawing_model
 from benchmarks.serving_load.table import Row, percentile
-from benchmarks.serving_load.traffic import MEAN_ROWS, Arrival, backlog, poisson_trace
+from benchmarks.serving_load.traffic import MEAN_ROWS, Arrival, backlog, offered_trace
 from ddpm_ray.sampling.pipeline import TrainedModel
 
 PEERS = tuple(name for name in CONTESTANTS if name != "ours")
@@ -79,11 +79,11 @@ def arrivals_rows(name: str, rounds: int, seconds: float) -> list[Row]:
             rates[one].append(count / whole.seconds)
             per_cpu[one].append(count / whole.cpu_s)
         for peer in PEERS:
-            offered = poisson_trace(LOAD * rates[peer][-1], seconds, number)
+            offered = offered_trace(LOAD * rates[peer][-1], seconds, number)
             own = run(CONTESTANTS["ours"], model, offered)
             tails[peer].append((own, run(CONTESTANTS[peer], model, offered)))
-        beyond = poisson_trace(1.3 * rates[GOAL_PEER][-1], seconds, number)
-        kept_up.append(run(CONTESTANTS["ours"], model, beyond).seconds / seconds)
+        beyond = offered_trace(1.3 * rates[GOAL_PEER][-1], seconds, number)
+        kept_up.append(run(CONTESTANTS["ours"], model, beyond).seconds / beyond[-1].at_s)
     rows = [Row(f"{one}: saturation", rates[one], unit="requests/s") for one in CONTESTANTS]
     for peer in PEERS:
         rows += peer_rows(peer, rates, tails[peer])

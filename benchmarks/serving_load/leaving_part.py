@@ -18,7 +18,7 @@ from benchmarks.serving_load.contestants import (
 )
 from benchmarks.serving_load.models import drawing_model
 from benchmarks.serving_load.table import Row, percentile
-from benchmarks.serving_load.traffic import Arrival, backlog, poisson_trace
+from benchmarks.serving_load.traffic import Arrival, backlog, offered_trace
 from ddpm_ray.sampling.pipeline import TrainedModel
 
 LEAVING = 0.3  # share of the clients
@@ -72,7 +72,7 @@ def steps_after(contestant: Contestant, rate: float, seconds: float, seed: int) 
 
     A client leaves within the time in which 8 requests arrive.
     """
-    draw, trace = random.Random(seed), poisson_trace(rate, seconds, seed)
+    draw, trace = random.Random(seed), offered_trace(rate, seconds, seed)
     events = [(one.at_s, number, True) for number, one in enumerate(trace)]
     for number, one in enumerate(trace):
         if draw.random() < LEAVING:
@@ -102,7 +102,7 @@ def preview_rows(name: str, rounds: int, seconds: float) -> list[Row]:
     for number in range(rounds):
         contestant = StepBatching(model)
         try:
-            found.append(calls_to_preview(contestant, poisson_trace(rate, seconds, number)))
+            found.append(calls_to_preview(contestant, offered_trace(rate, seconds, number)))
         finally:
             contestant.close()
     within = [100 * sum(calls < 2 for calls in one) / len(one) for one in found]

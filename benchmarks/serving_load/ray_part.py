@@ -3,10 +3,14 @@
 import asyncio
 import base64
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# On a busy machine the proxy takes longer to start than Ray Serve waits by default, 5 s.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 import ray
 import torch
@@ -17,7 +21,7 @@ from benchmarks.serving_load.contestants import BATCH_WAIT_S, WIDTH, drawn_toget
 from benchmarks.serving_load.http_client import closed_loop, open_loop
 from benchmarks.serving_load.models import CONFIGS, SHAPES
 from benchmarks.serving_load.table import Row, percentile
-from benchmarks.serving_load.traffic import Arrival, backlog, poisson_trace
+from benchmarks.serving_load.traffic import Arrival, backlog, offered_trace
 from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.config.jobs.serve import BatchConfig, LimitsConfig, ServeConfig
 from ddpm_ray.config.loading import load_config, to_dict
@@ -115,7 +119,7 @@ def ray_rows(name: str, rounds: int, seconds: float) -> list[Row]:
                 trace = backlog(4 * CLIENTS, number)
                 rates[one].append(asyncio.run(closed_loop(url, trace, CLIENTS)))
             for peer in PEERS:
-                offered = poisson_trace(LOAD * rates[peer][-1], seconds, number)
+                offered = offered_trace(LOAD * rates[peer][-1], seconds, number)
                 tails[peer].append([p95_s(urls[one], offered) for one in ("ours", peer)])
     rows = [Row(f"{one}: saturation", rates[one], unit="requests/s") for one in urls]
     for peer, pairs in tails.items():

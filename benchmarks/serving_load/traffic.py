@@ -29,6 +29,11 @@ def poisson_trace(rate: float, seconds: float, seed: int) -> list[Arrival]:
     return trace
 
 
+def offered_trace(rate: float, seconds: float, seed: int) -> list[Arrival]:
+    """A Poisson trace of about 10 requests at least, for short runs of slow models."""
+    return poisson_trace(rate, max(seconds, 10 / rate), seed)
+
+
 def backlog(count: int, seed: int) -> list[Arrival]:
     """So many requests of the same kinds, all at time 0."""
     draw = random.Random(seed)
