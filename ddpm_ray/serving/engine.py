@@ -105,7 +105,8 @@ class Engine:
         if getattr(self._here, "task", None) is not None:
             raise RuntimeError("a job cannot submit another one: call its function instead")
         deadline_s = time.monotonic() + allowance_s
-        task = Task(act, images, cost, deadline_s, Future(), threading.Semaphore(0))
+        task = Task(act, images, cost, deadline_s, Future(), threading.Lock())
+        task.go_on.acquire()
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self._closed}; make a new one")

@@ -28,7 +28,7 @@ class Task:
     cost: int  # rows of network calls, as announced
     deadline_s: float  # on the monotonic clock
     outcome: Future[Any]
-    go_on: threading.Semaphore  # released with the output of its call
+    go_on: threading.Lock  # held; released with the output of its call
     output: Tensor | BaseException | None = None  # of its call
     computed: int = 0  # rows so far
     stopped_by: str = ""  # why it is to end; empty: it is not
