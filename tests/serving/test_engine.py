@@ -167,6 +167,35 @@ def test_the_earliest_deadline_comes_first(model: TrainedModel) -> None:
     assert ended == ["hasty", "usual", "patient"]
 
 
+def test_the_first_call_of_a_job_goes_before_later_calls_of_others(model: TrainedModel) -> None:
+    """So a preview is there after one call, however many jobs with earlier deadlines run."""
+    seen, gate = list[str](), threading.Event()
+
+    def early(*_: object) -> None:
+        seen.append("early")
+        assert gate.wait(ENDS_S)
+
+    with Engine(EngineSettings(width=1)) as engine:
+        first = submitted(engine, model, lambda m: m.sample(1, steps=3, on_step=early))
+        assert counted(model).called.acquire(timeout=ENDS_S)
+        held(model)
+        other = submitted(engine, model, lambda m: m.sample(1, steps=1))
+        assert counted(model).called.acquire(timeout=ENDS_S)
+        gate.set()
+        wait_for_calls(engine, 1)
+        late = submitted(
+            engine,
+            model,
+            lambda m: m.sample(1, steps=2, on_step=lambda *_: seen.append("late")),
+            allowance_s=1e4,
+        )
+        wait_for_calls(engine, 2)
+        counted(model).go_on.set()
+        for job in (first, other, late):
+            job.result(ENDS_S)
+    assert seen[:2] == ["early", "late"]
+
+
 def test_an_error_of_one_job_reaches_that_job_alone(engine: Engine, model: TrainedModel) -> None:
     """The batch of both fails; each call is then computed alone."""
     good_alone = model.sample(1, steps=6, labels=[1])
