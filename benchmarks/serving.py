@@ -23,7 +23,8 @@ of 64 seeds whose exact M/D/1 waits are nearest to their mean; S is measured in 
 `leaving`: 30 % of the clients leave at a random time; steps that are computed for them afterwards.
 `preview`: network calls that begin between the submission and the first preview of a request, at
 0.8 of our saturation.
-`overload`: the server in a process of its own, over HTTP: 10 x its saturation, for --seconds.
+`overload`: the server in a process of its own, over HTTP: 10 x its saturation, for --seconds, after
+1.2 x (full load). Its queue takes 5 s of work, and is full after 25 s at 1.2 x: give --seconds 30.
 `ray`: our server and a deployment with @serve.batch, on one local Ray, over HTTP.
 """
 
