@@ -56,7 +56,7 @@ types: $(READY)  ## check types with mypy --strict
 
 bench: $(READY)  ## measure speed, as ratios within one run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	for script in $(filter-out $(patsubst %,benchmarks/%.py,faults results gpu_check bf16_loss large_state latent_results text_results cascade_results emoji_results),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+	for script in $(filter-out $(patsubst %,benchmarks/%.py,faults results gpu_check bf16_loss large_state latent_results text_results cascade_results emoji_results serving),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 fault-bench: $(READY)  ## measure the cost of faults, against plain Ray Train, s3fs, MLflow; 20 minutes
 	$(BIN)/python -m benchmarks.faults

@@ -20,7 +20,7 @@ Make = Callable[[TrainedModel], Contestant]
 
 @dataclass
 class Replay:
-    """How a trace went."""
+    """Times and counts of a trace that was served."""
 
     latencies_s: list[float] = field(default_factory=list)
     seconds: float = 0.0  # until the last request had ended

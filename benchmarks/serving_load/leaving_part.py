@@ -68,7 +68,7 @@ def leaving_rows(name: str, rounds: int, seconds: float) -> list[Row]:
 
 
 def steps_after(contestant: Contestant, rate: float, seconds: float, seed: int) -> list[int]:
-    """For each request whose client left before its end, the steps computed after that.
+    """Return, for each request whose client left before its end, the steps computed after that.
 
     A client leaves within the time in which 8 requests arrive.
     """
@@ -115,7 +115,7 @@ def preview_rows(name: str, rounds: int, seconds: float) -> list[Row]:
 
 
 def calls_to_preview(contestant: StepBatching, trace: Sequence[Arrival]) -> list[float]:
-    """For each request, the calls that begin after it was submitted until it has its first step."""
+    """Return, for each request, the calls that begin after it was submitted until it has its first step."""
     engine, found, lock, tickets = contestant.engine, list[float](), threading.Lock(), []
 
     def first_step(before: int, seen: list[int], *_: int | Tensor) -> None:
@@ -127,7 +127,7 @@ def calls_to_preview(contestant: StepBatching, trace: Sequence[Arrival]) -> list
     begun_s = time.perf_counter()
     for arrival in trace:
         time.sleep(max(0.0, arrival.at_s - (time.perf_counter() - begun_s)))
-        running = engine.busy_s > 0  # that call began before
+        running = engine.is_computing  # that call began before
         on_step = partial(first_step, engine.batches + running, list[int]())
         tickets.append(contestant.submit(arrival, on_step))
     for ticket in tickets:

@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 
 
 def timed(act: Callable[[], T]) -> tuple[T, Cost]:
-    """What `act` returns, and its time."""
+    """Return what `act` returns, and its time."""
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     value = act()
     return value, Cost(time.process_time() - cpu_s, time.perf_counter() - wall_s)

@@ -72,7 +72,7 @@ def server_process(name: str) -> Iterator[tuple[str, psutil.Process]]:
 
 @dataclass
 class Overload:
-    """What was measured in a round."""
+    """Measurements of a round."""
 
     saturation: float
     full: list[tuple[Arrival, HttpAnswer]]  # without the first seconds, in which the queue fills

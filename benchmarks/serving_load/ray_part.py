@@ -29,7 +29,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed.connection import connect
 from ddpm_ray.serving.image_files import encoded_image
 from ddpm_ray.serving.ray_serve.deployments import ServerSetup
-from ddpm_ray.serving.ray_serve.server import start_server, stop_server
+from ddpm_ray.serving.ray_serve.server import drain_server, start_server
 from ddpm_ray.training.checkpoints import CheckpointStore
 
 PORT = 18_600
@@ -102,7 +102,8 @@ def servers(name: str) -> Iterator[dict[str, str]]:
                 serve.run(deployment.bind(folder, by_steps), name=path[1:], route_prefix=path)
                 urls[peer] = f"http://127.0.0.1:{PORT}{path}"
             yield urls
-            stop_server(1.0)
+            drain_server(1.0)
+            serve.shutdown()
         finally:
             ray.shutdown()
 

@@ -35,7 +35,7 @@ def offered_trace(rate: float, seconds: float, seed: int) -> list[Arrival]:
 
 
 def backlog(count: int, seed: int) -> list[Arrival]:
-    """So many requests of the same kinds, all at time 0."""
+    """Requests of the same kinds, all at time 0."""
     draw = random.Random(seed)
     return [Arrival(0.0, draw.choice(IMAGES), draw.choice(STEPS), n) for n in range(count)]
 

@@ -68,7 +68,7 @@ class Engine:
 
     def __init__(self, settings: EngineSettings = EngineSettings()) -> None:
         self.settings = settings
-        self.batches = 0  # network calls so far
+        self.batches, self.is_computing = 0, False  # network calls so far; whether one runs
         self._here = threading.local()  # .task: that of the current thread
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._calls: dict[Task, NetworkCall] = {}  # that wait; of the engine's thread alone
@@ -277,8 +277,9 @@ class Engine:
         of = {call: task for task, call in self._calls.items()}
         rows = next_batch(of, self.settings.width)
         self._moved_s = begun_s = time.monotonic()
+        self.is_computing = True
         outputs = outputs_of(rows, self.settings.width if self.settings.exact else None)
-        self._moved_s = time.monotonic()
+        self.is_computing, self._moved_s = False, time.monotonic()
         took_s = self._moved_s - begun_s
         self._fault = self._fault or gpu_fault(outputs)
         with self._lock:

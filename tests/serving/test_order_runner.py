@@ -64,9 +64,9 @@ def test_events_come_in_order(models: ServedModels, steps: int, previews: int) -
 
     async def work() -> None:
         made = await events(OrderRunner(ImageService(models)), order(steps, partial_images=3, n=2))
-        told = [event for event in made if not isinstance(event, JobProgress)]
-        assert [type(event) for event in told] == [Accepted, *[PreviewFiles] * previews, Finished]
-        numbers = [event.number for event in told if isinstance(event, PreviewFiles)]
+        others = [event for event in made if not isinstance(event, JobProgress)]
+        assert [type(event) for event in others] == [Accepted, *[PreviewFiles] * previews, Finished]
+        numbers = [event.number for event in others if isinstance(event, PreviewFiles)]
         assert numbers == list(range(previews))
         assert isinstance(made[1], JobProgress)  # at once: it has begun, and how long it is
         assert (made[1].place, made[1].rows) == (0, 2 * steps)

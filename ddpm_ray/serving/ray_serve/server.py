@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from ddpm_ray.serving.ray_serve.deployments import ServerSetup
 log = logging.getLogger(__name__)
 
 APP = "ddpm-ray"
+# Ray Serve gives its proxy 5 s to start; on a busy machine that took longer, and the start failed.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 ANSWER_S = 10.0  # the job table answers within this time
 
 
@@ -40,7 +43,7 @@ def run_until_signal(config: ServeConfig, model_uri: str, home: Path) -> dict[st
     is_ours = _require_free(config)
     log.info("loading %s", ", ".join(f"{name} ({uri})" for name, uri in setup.uris.items()))
     try:
-        url = _start(setup)
+        url = start_server(setup)
         who = "this machine alone" if not setup.clients else f"clients {', '.join(setup.clients)}"
         log.info("%s is ready, for %s: the web page, and the API below %sv1", url, who, url)
         log.info("Ctrl-C or SIGTERM ends it, once jobs have ended or %g s are over", config.drain_s)
@@ -48,7 +51,7 @@ def run_until_signal(config: ServeConfig, model_uri: str, home: Path) -> dict[st
             while not signals.count:
                 threading.Event().wait(0.5)  # a signal interrupts no longer wait here
             log.info("no more jobs are taken; waiting for those that run")
-            left = _drain(config.drain_s)
+            left = drain_server(config.drain_s)
     finally:  # a Ray that others use would serve on
         serve.delete(APP)
         if is_ours:
@@ -74,7 +77,7 @@ def _require_free(config: ServeConfig) -> bool:
     return not status.proxies
 
 
-def _start(setup: ServerSetup) -> str:
+def start_server(setup: ServerSetup) -> str:
     """Start a server on the Ray that is connected, wait until it is ready, and return its URL."""
     config = setup.config
     where = ProxyLocation.HeadOnly if config.is_loopback else ProxyLocation.EveryNode
@@ -90,7 +93,7 @@ def _start(setup: ServerSetup) -> str:
     return f"http://{host}:{config.port}/"
 
 
-def _drain(drain_s: float) -> int | None:
+def drain_server(drain_s: float) -> int | None:
     """Refuse new jobs, wait for those that run, end the rest; return their number, if known."""
     begun_s = time.monotonic()
     try:
