@@ -10,6 +10,8 @@ import shutil
 import urllib.request
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ pytest.importorskip("playwright", reason="needs Playwright, of the extra [dev]")
 
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
+from ddpm_ray.serving.http import server_routes
 from ddpm_ray.serving.http.access import Access, clients_of
 from ddpm_ray.serving.http.http_server import HttpSettings
 from ddpm_ray.serving.orders import Draw, Event, ImageOrder
@@ -33,6 +36,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ENDS_MS = ENDS_S * 1000
 TOKEN = "a-token-of-this-test"
 KNOWN = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+PAGE_FILES = Path(server_routes.__file__).parent / "page"
 PHONE = {"width": 360, "height": 740}
 FOCUSED = """() => {
     const at = document.activeElement;
@@ -178,6 +182,15 @@ def tab_to(page: Page, wanted: str) -> None:
         if at == wanted:
             return
     raise AssertionError(f"{wanted} is not reached by Tab")
+
+
+def test_modules_of_the_page_import_one_way_and_are_served() -> None:
+    files = {file.name: file.read_text() for file in PAGE_FILES.iterdir()}
+    assert files.keys() == {*server_routes.PAGE}
+    scripts = {name: text for name, text in files.items() if name.endswith(".js")}
+    assert [name for name, text in scripts.items() if text.count("\n") > 300] == []
+    imports = {name: re.findall(r'from "\./(.*)";', text) for name, text in scripts.items()}
+    assert {*TopologicalSorter(imports).static_order()} == {*scripts}, "raises if there is a cycle"
 
 
 def test_an_image_is_drawn_by_keyboard_alone_and_is_that_of_the_api(
@@ -398,6 +411,26 @@ def test_a_drawn_image_is_edited_and_varied(page: Page, server: Server) -> None:
     generate(page)
     expect(page.locator("#result img[alt*='Variation']")).to_have_count(2)
     assert server.orders[-1].kind == "variation"
+
+
+def test_a_model_that_enlarges_its_images_varies_those_of_its_smallest_size(
+    page: Page, server: Server
+) -> None:
+    def larger(route: Route) -> None:
+        facts = server.json("v1/models")
+        route.fulfill(json={"data": [one | {"size": "32x32"} for one in facts["data"]]})
+
+    page.route("**/v1/models", larger)
+    page.goto(server.url)
+    page.get_by_label("Model").select_option("texts")
+    expect(page.locator("#model-facts")).to_contain_text("32 \u00d7 32 pixels")
+    page.get_by_label("Variations", exact=True).check()
+    file: Any = {"name": "a.png", "mimeType": "image/png", "buffer": png(np.tile(KNOWN, (2, 3)))}
+    page.get_by_label("Choose an image").set_input_files(file)
+    expect(page.locator("#canvas-size")).to_contain_text("scaled to 8 \u00d7 8 pixels")
+    generate(page)
+    assert shown(result(page)).shape == (8, 8)
+    assert pixels(server.orders[-1].image or b"").shape == (8, 8)
 
 
 def test_the_history_gives_settings_and_images_back(page: Page, server: Server) -> None:

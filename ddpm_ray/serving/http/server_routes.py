@@ -15,7 +15,25 @@ from ddpm_ray.serving.http.schemas import chat_tools
 from ddpm_ray.serving.request_errors import RequestError
 
 READY_S = 5.0  # the job table answers within this time, or the server is not ready
-PAGE = ("index.html", "page.js", "page.css")
+PAGE = (
+    "index.html",
+    "page.css",
+    "api.js",
+    "drawing.js",
+    "editor.js",
+    "elements.js",
+    "form.js",
+    "history.js",
+    "image-files.js",
+    "job.js",
+    "margins.js",
+    "models.js",
+    "page.js",
+    "painting.js",
+    "picture.js",
+    "progress.js",
+    "result.js",
+)
 MEDIA = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 
 
