@@ -564,6 +564,33 @@ def test_a_lost_connection_is_taken_up_again(page: Page, server: Server) -> None
     assert len(server.orders) == 2, "the job was drawn twice"
 
 
+def test_a_connection_made_again_shows_no_older_preview(page: Page, server: Server) -> None:
+    """The events of a job come again from its first preview on."""
+    opened(page, server)
+    server.gate.allow(0)
+    image = base64.b64encode(png(KNOWN)).decode()
+
+    def previews(*numbers: int) -> str:
+        fields = {"type": "image_generation.partial_image", "index": 0, "b64_json": image}
+        events = [json.dumps({**fields, "partial_image_index": number}) for number in numbers]
+        return "".join(f"data: {event}\n\n" for event in events)
+
+    bodies = iter([previews(2), previews(0, 1)])
+
+    def answered(route: Route) -> None:
+        if (body := next(bodies, None)) is None:
+            route.continue_()
+        else:
+            route.fulfill(body=body, content_type="text/event-stream")
+
+    page.route("**/events", answered)
+    generate(page)
+    expect(page.locator("#running-text")).to_have_text(re.compile("^0 %"))
+    expect(page.get_by_alt_text("Preview 3 of 3")).to_be_visible()
+    server.gate.open()
+    result(page)
+
+
 def test_nothing_is_wider_than_a_phone(page: Page, server: Server) -> None:
     page.set_viewport_size(PHONE)  # type: ignore[arg-type]
 
