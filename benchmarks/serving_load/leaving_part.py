@@ -115,7 +115,7 @@ def preview_rows(name: str, rounds: int, seconds: float) -> list[Row]:
 
 
 def calls_to_preview(contestant: StepBatching, trace: Sequence[Arrival]) -> list[float]:
-    """Return, for each request, the calls that begin after it was submitted until it has its first step."""
+    """Return the calls that begin between the submission of a request and its first step."""
     engine, found, lock, tickets = contestant.engine, list[float](), threading.Lock(), []
 
     def first_step(before: int, seen: list[int], *_: int | Tensor) -> None:
