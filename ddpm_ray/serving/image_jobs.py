@@ -13,6 +13,7 @@ from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.sampling import Images
 from ddpm_ray.serving.engine_task import EngineJob
 from ddpm_ray.serving.image_files import FileFormat, encoded_image
+from ddpm_ray.serving.orders import JobProgress
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class ImageJob:
     ) -> None:
         self.job, self.rows, self.facts, self._made = job, rows, facts, made
         job.when_done(lambda: made.put(None))
+
+    def progress(self) -> JobProgress:
+        """The progress of its network calls."""
+        return JobProgress(self.job.place, self.job.seconds_left, self.job.computed, self.rows)
 
     def previews(self) -> Iterator[Preview]:
         """Yield previews until the images are there or the job has failed; read them once."""

@@ -70,8 +70,9 @@ class ImageService:
         )
         facts = {"model": served.name, "kind": order.kind, **job_plan.facts}
         facts |= {key: model.provenance[key] for key in WEIGHTS if key in model.provenance}
-        accepted = Accepted(served.source, facts, cost.rows, cost.megapixels)
-        return ImageJob(job, cost.rows, facts, made), accepted
+        image_job = ImageJob(job, cost.rows, facts, made)
+        accepted = Accepted(served.source, facts, cost.rows, cost.megapixels, image_job.progress())
+        return image_job, accepted
 
     def _require_short(self, rows: int, rate: float) -> None:
         """Raise RequestError for a job that takes longer than max_job_s."""

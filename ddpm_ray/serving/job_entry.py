@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
 
+from ddpm_ray.serving.image_requests import ImageRequest
 from ddpm_ray.serving.orders import (
     Event,
     Failed,
     Finished,
     ImageOrder,
     JobProgress,
+    Kind,
     PreviewFiles,
 )
 from ddpm_ray.serving.request_errors import CANCELLED
@@ -24,6 +26,18 @@ JobState: TypeAlias = Literal["queued", "running", "succeeded", "failed", "cance
 TABLE_HEADER = "Job-Table"  # identity of the table that has no such job
 NOT_BEGUN = JobProgress(1, None, 0)
 ENTRY_BYTES = 2000  # of an entry without files, about
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """The state of a job, with its events from a number on."""
+
+    kind: Kind
+    request: ImageRequest
+    state: JobState
+    events: tuple[Event, ...]
+    progress: JobProgress
+    secret: str  # in the URLs of its images
 
 
 @dataclass(eq=False)
@@ -79,6 +93,11 @@ class JobEntry:
         """Bytes of a job that has ended, with its previews and images."""
         made = [one.files for one in self.events if isinstance(one, PreviewFiles | Finished)]
         return ENTRY_BYTES + sum(len(file) for files in made for file in files)
+
+    def report(self, first: int) -> JobReport:
+        """Its state, with the events from number `first` on."""
+        order, events = self.order, tuple(self.events[first:])
+        return JobReport(order.kind, order.request, self.state, events, self.progress, self.secret)
 
     def notify(self) -> None:
         """Wake all who wait for news of it."""

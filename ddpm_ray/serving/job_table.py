@@ -17,8 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ddpm_ray.redaction import counted
-from ddpm_ray.serving.image_requests import ImageRequest
-from ddpm_ray.serving.job_entry import TABLE_HEADER, JobEntry, JobKey, JobState
+from ddpm_ray.serving.job_entry import TABLE_HEADER, JobEntry, JobKey, JobReport, JobState
 from ddpm_ray.serving.kept_jobs import KeptJobs
 from ddpm_ray.serving.limits import OverloadedError, TokenBucket
 from ddpm_ray.serving.orders import (
@@ -29,7 +28,6 @@ from ddpm_ray.serving.orders import (
     Finished,
     ImageOrder,
     JobProgress,
-    Kind,
     PreviewFiles,
     ReplicaLostError,
     Unaffordable,
@@ -63,18 +61,6 @@ class TableSettings:
 
 
 MOST_RETRY_S = 10.0
-
-
-@dataclass(frozen=True)
-class JobReport:
-    """The state of a job, with its events from a number on."""
-
-    kind: Kind
-    request: ImageRequest
-    state: JobState
-    events: tuple[Event, ...]
-    progress: JobProgress
-    secret: str  # in the URLs of its images
 
 
 class JobTable:
@@ -128,28 +114,25 @@ class JobTable:
         entry.task = asyncio.create_task(self._run(entry))
         return self.identity
 
-    async def report(self, key: JobKey, first: int, timeout_s: float) -> JobReport:
+    async def report(
+        self, key: JobKey, first: int, timeout_s: float, until_end: bool = False
+    ) -> JobReport:
         """Wait for events from number `first` on, or other progress; return what there is.
 
-        Raises RequestError with status 404.
+        With `until_end`, only the end of the job ends the wait. RequestError: 404.
         """
         entry = self._entry(key)
         entry.seen_s = self._clock()
-        if len(entry.events) <= first and entry.ended_s is None:
+        if entry.ended_s is None and (until_end or len(entry.events) <= first):
             # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that comes together
             # with what it waits for (CPython issue 86296), and the request would never end.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await entry.changed.wait()
+                    while until_end and entry.ended_s is None:
+                        await entry.changed.wait()
             entry.seen_s = self._clock()
-        return JobReport(
-            entry.order.kind,
-            entry.order.request,
-            entry.state,
-            tuple(entry.events[first:]),
-            entry.progress,
-            entry.secret,
-        )
+        return entry.report(first)
 
     async def cancel(self, key: JobKey) -> JobState:
         """End a job before its next step, and forget one that has ended; return its new state.
@@ -224,6 +207,8 @@ class JobTable:
         """The last event of a job; its task ends, and with it the work of a replica."""
         if entry.ended_s is not None:
             return
+        if isinstance(event, Finished):
+            entry.progress = JobProgress(0, 0.0, event.computed, entry.progress.rows)
         entry.events.append(event)
         entry.ended_s = self._clock()
         if entry.task is not None and entry.task is not asyncio.current_task():
@@ -274,7 +259,8 @@ class JobTable:
         match event:
             case JobProgress():
                 entry.progress = event
-            case Accepted(source, _, _, cost):
+            case Accepted(source, _, _, cost, progress):
+                entry.progress = progress
                 if not any(isinstance(one, Accepted) for one in entry.events):
                     entry.events.append(event)
                 if bucket is not None:

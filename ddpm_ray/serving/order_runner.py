@@ -50,14 +50,8 @@ class OrderRunner:
             for left in self._jobs:
                 left.cancel()
             self._table = table
-        # Reading an upload and a model may take seconds.
-        start = asyncio.to_thread(self.service.start, order, source, affordable)
-        starting = asyncio.ensure_future(start)
         try:
-            job, accepted = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            starting.add_done_callback(_cancel_started)  # the thread goes on
-            raise
+            job, accepted = await self._started(order, source, affordable)
         except RequestError as error:
             yield Failed(error)
             return
@@ -72,11 +66,26 @@ class OrderRunner:
             threading.Thread(
                 target=_watch, args=(job, order.request, loop, inbox), name="files", daemon=True
             ).start()
-            async for event in _events(job, inbox):
+            async for event in _events(job, inbox, accepted.progress):
                 yield event
         finally:
             job.cancel()
             self._jobs.discard(job)
+
+    async def _started(
+        self, order: ImageOrder, source: str, affordable: float
+    ) -> tuple[ImageJob, Accepted]:
+        """Begin a job. Raises what `ImageService.start` does."""
+        if order.image is None and not source:  # quick: a thread would wait longer for its turn
+            return self.service.start(order, source, affordable)
+        # Reading an upload and a model may take seconds.
+        start = asyncio.to_thread(self.service.start, order, source, affordable)
+        starting = asyncio.ensure_future(start)
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_cancel_started)  # the thread goes on
+            raise
 
 
 def _cancel_started(starting: Started) -> None:
@@ -85,30 +94,24 @@ def _cancel_started(starting: Started) -> None:
         starting.result()[0].cancel()
 
 
-async def _events(job: ImageJob, inbox: Inbox) -> AsyncGenerator[Event, None]:
-    """Yield what comes to the inbox, and now and then how far the job is."""
-    shown = _progress(job)
-    yield shown
+async def _events(job: ImageJob, inbox: Inbox, shown: JobProgress) -> AsyncGenerator[Event, None]:
+    """Yield what comes to the inbox, and now and then how far the job is beyond `shown`."""
     while True:
         try:
             async with asyncio.timeout(PROGRESS_S):  # not wait_for: see JobTable.report
                 event = await inbox.get()
         except TimeoutError:
-            event = _progress(job)
+            event = job.progress()
             if event == shown:
                 continue
             shown = event
         if isinstance(event, ReplicaLostError):
             raise event
-        if isinstance(event, Finished | Failed):
-            yield _progress(job)
-            yield event
-            return
+        if isinstance(event, Failed):
+            yield job.progress()
         yield event
-
-
-def _progress(job: ImageJob) -> JobProgress:
-    return JobProgress(job.job.place, job.job.seconds_left, job.job.computed, job.rows)
+        if isinstance(event, Finished | Failed):
+            return
 
 
 def _watch(
@@ -124,7 +127,7 @@ def _watch(
         for preview in job.previews():
             files = tuple(encoded_image(image, "png", {}) for image in preview.images)
             report(PreviewFiles(preview.number, files))
-        report(Finished(tuple(job.files(request.output_format))))
+        report(Finished(tuple(job.files(request.output_format)), job.job.computed))
     except JobCancelledError as error:  # by a service that is closed
         report(ReplicaLostError(str(error)))
     except BaseException as error:  # noqa: BLE001 - one that a network raised, as SystemExit, too

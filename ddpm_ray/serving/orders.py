@@ -39,23 +39,6 @@ class ImageOrder:
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """The job has been planned, and there is room for it."""
-
-    source: str  # URI of the weights, which stays the same when the name of a model moves on
-    facts: Mapping[str, Any]  # how the images are drawn
-    rows: int  # of network calls
-    cost: float  # megapixels of network calls
-
-
-@dataclass(frozen=True)
-class Unaffordable:
-    """The job was refused: it costs more than the client may spend now."""
-
-    cost: float  # megapixels of network calls
-
-
-@dataclass(frozen=True)
 class JobProgress:
     """The progress of a job."""
 
@@ -63,6 +46,24 @@ class JobProgress:
     seconds_left: float | None
     computed: int  # rows of network calls
     rows: int = 0  # in all; 0: unknown yet
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The job has been planned, and there is room for it."""
+
+    source: str  # URI of the weights, which stays the same when the name of a model moves on
+    facts: Mapping[str, Any]  # how the images are drawn
+    rows: int  # of network calls
+    cost: float  # megapixels of network calls
+    progress: JobProgress
+
+
+@dataclass(frozen=True)
+class Unaffordable:
+    """The job was refused: it costs more than the client may spend now."""
+
+    cost: float  # megapixels of network calls
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Finished:
     """The images of a job, as files."""
 
     files: tuple[bytes, ...]
+    computed: int  # rows of network calls
 
 
 @dataclass(frozen=True)

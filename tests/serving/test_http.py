@@ -288,9 +288,9 @@ class Forgets:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jobs, name)
 
-    async def report(self, key: JobKey, first: int, timeout_s: float) -> Any:
+    async def report(self, key: JobKey, first: int, *_: Any) -> Any:
         """The report; then there is no such job."""
-        found = await self._jobs.report(key, first, timeout_s)
+        found = await self._jobs.report(key, first, 0.0)
         await self._jobs.cancel(key)
         if found.state == "succeeded":
             return found

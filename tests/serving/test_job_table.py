@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray.serving.image_requests import ImageRequest
-from ddpm_ray.serving.job_entry import JobKey
-from ddpm_ray.serving.job_table import JobReport, JobTable, TableSettings
+from ddpm_ray.serving.job_entry import JobKey, JobReport
+from ddpm_ray.serving.job_table import JobTable, TableSettings
 from ddpm_ray.serving.limits import TokenBucket
 from ddpm_ray.serving.orders import (
     Accepted,
@@ -26,9 +26,10 @@ from ddpm_ray.serving.orders import (
 from ddpm_ray.serving.request_errors import RequestError
 from tests.limits import ENDS_S
 
-ACCEPTED = Accepted("model/3", {"seed": 1}, rows=10, cost=2.0)
+BEGUN = JobProgress(0, None, 0, 10)
+ACCEPTED = Accepted("model/3", {"seed": 1}, rows=10, cost=2.0, progress=BEGUN)
 PREVIEWS = [PreviewFiles(number, (b"p%d" % number,)) for number in range(3)]
-FINISHED = Finished((b"image", b"other"))
+FINISHED = Finished((b"image", b"other"), computed=10)
 WHOLE: list[Event] = [ACCEPTED, *PREVIEWS, FINISHED]
 KEY = ("alice", "job")
 
@@ -333,7 +334,7 @@ def test_jobs_at_once_spend_no_more_than_one_after_the_other() -> None:
             if affordable < 4.0:
                 yield Unaffordable(4.0)
                 return
-            yield Accepted("model", {}, rows=1, cost=4.0)
+            yield Accepted("model", {}, rows=1, cost=4.0, progress=BEGUN)
             yield FINISHED
 
         table = JobTable(draw, buckets={"alice": bucket})
@@ -394,7 +395,7 @@ def test_many_jobs_that_have_ended_cost_a_submission_nothing() -> None:
 
 def test_a_table_that_drains_takes_no_job_and_ends_with_those_that_run() -> None:
     async def work() -> None:
-        draw = Scripted([ACCEPTED, JobProgress(0, 1.0, 5), FINISHED])
+        draw = Scripted([ACCEPTED, JobProgress(0, 1.0, 5, 10), FINISHED])
         draw.go_on.clear()
         table = JobTable(draw)
         await table.submit(KEY, order(), is_kept=True)
@@ -406,7 +407,7 @@ def test_a_table_that_drains_takes_no_job_and_ends_with_those_that_run() -> None
         await table.submit(KEY, order(), is_kept=True)  # it is there
         draw.go_on.set()
         assert await draining == 0
-        assert (await ended(table)).progress == JobProgress(0, 1.0, 5)
+        assert (await ended(table)).progress == JobProgress(0, 0.0, 10, 10)
 
     run(work)
 

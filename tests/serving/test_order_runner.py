@@ -11,7 +11,7 @@ import pytest
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.serving import shared_calls
 from ddpm_ray.serving.image_jobs import ImageJob
-from ddpm_ray.serving.image_requests import ImageRequest
+from ddpm_ray.serving.image_requests import EditRequest, ImageRequest
 from ddpm_ray.serving.image_service import ImageService, ServiceSettings
 from ddpm_ray.serving.order_runner import OrderRunner
 from ddpm_ray.serving.orders import (
@@ -28,6 +28,7 @@ from ddpm_ray.serving.served_models import ServedModels
 from tests.limits import ENDS_S
 from tests.serving.counted_model import counted, held
 from tests.serving.local_server import served
+from tests.serving.test_image_service import PIXELS, png
 
 ANY = float("inf")
 
@@ -49,6 +50,11 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
+def edit(steps: int = 5) -> ImageOrder:
+    request = EditRequest(strength=1.0)
+    return ImageOrder("edit", request, {"seed": 1, "steps": steps}, png(PIXELS))
+
+
 async def events(runner: OrderRunner, one: ImageOrder, source: str = "") -> list[Event]:
     return [event async for event in runner.draw(one, source, ANY, "table")]
 
@@ -68,11 +74,11 @@ def test_events_come_in_order(models: ServedModels, steps: int, previews: int) -
         assert [type(event) for event in others] == [Accepted, *[PreviewFiles] * previews, Finished]
         numbers = [event.number for event in others if isinstance(event, PreviewFiles)]
         assert numbers == list(range(previews))
-        assert isinstance(made[1], JobProgress)  # at once: it has begun, and how long it is
-        assert (made[1].place, made[1].rows) == (0, 2 * steps)
-        last = made[-2]
-        assert isinstance(last, JobProgress)
-        assert (last.computed, last.rows) == (2 * steps, 2 * steps)
+        first, last = made[0], made[-1]
+        assert isinstance(first, Accepted)  # that it has begun, and how long it is
+        assert (first.progress.place, first.progress.rows) == (0, 2 * steps)
+        assert isinstance(last, Finished)
+        assert last.computed == 2 * steps
 
     run(work)
 
@@ -95,7 +101,7 @@ def test_a_job_that_nobody_waits_for_when_it_begins_is_cancelled(
     held(model)
 
     async def work() -> None:
-        asking = asyncio.ensure_future(events(OrderRunner(service), order(20)))
+        asking = asyncio.ensure_future(events(OrderRunner(service), edit(20)))
         await until(reads.is_set)
         asking.cancel()
         with contextlib.suppress(asyncio.CancelledError):

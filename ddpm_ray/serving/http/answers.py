@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm_ray.serving.image_requests import ImageRequest
-from ddpm_ray.serving.job_table import JobReport
+from ddpm_ray.serving.job_entry import JobReport
 from ddpm_ray.serving.orders import (
     Accepted,
     Event,

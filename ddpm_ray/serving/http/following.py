@@ -12,8 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
-from ddpm_ray.serving.job_entry import TABLE_HEADER, JobKey, JobState
-from ddpm_ray.serving.job_table import JobReport
+from ddpm_ray.serving.job_entry import TABLE_HEADER, JobKey, JobReport, JobState
 from ddpm_ray.serving.orders import (
     Accepted,
     Event,
@@ -45,7 +44,9 @@ class Jobs(Protocol):
         """See JobTable."""
         ...
 
-    async def report(self, key: JobKey, first: int, timeout_s: float) -> JobReport:
+    async def report(
+        self, key: JobKey, first: int, timeout_s: float, until_end: bool = False
+    ) -> JobReport:
         """See JobTable."""
         ...
 
@@ -78,6 +79,7 @@ class Followed:
     key: JobKey
     order: ImageOrder | None  # None: it was submitted by another request
     is_kept: bool
+    until_end: bool = False  # whether its events are wanted once it has ended, not before
     secret: str = ""
     next: int = 0  # number of the first event that was not read
     report: JobReport | None = None
@@ -120,7 +122,7 @@ class Followed:
 
     async def _news(self) -> tuple[Event, ...]:
         ask: Callable[[], Awaitable[JobReport]] = lambda: self.jobs.report(  # noqa: E731
-            self.key, self.next, POLL_S
+            self.key, self.next, POLL_S, self.until_end
         )
         try:
             report = await (patiently(ask) if self.order is None else ask())
@@ -156,14 +158,18 @@ class Followed:
         self.next = 0  # the stream of the answer begins with the first event
 
     async def leave(self) -> None:
-        """The request no longer follows it: a job that is not kept ends.
+        """The request no longer follows it: a job that is not kept ends, and is forgotten."""
+        await asyncio.shield(self.leave_soon())
+
+    def leave_soon(self) -> asyncio.Task[None]:
+        """Leave it, while the answer is sent.
 
         Ray Serve cancels the calls of a cancelled request, and knows them by a context variable.
         """
         leaving = asyncio.get_running_loop().create_task(self._leave(), context=Context())
         _leaving.add(leaving)
         leaving.add_done_callback(_leaving.discard)
-        await asyncio.shield(leaving)
+        return leaving
 
     async def _leave(self) -> None:
         with contextlib.suppress(RequestError, TableLostError):

@@ -39,10 +39,13 @@ def image_routes(server: HttpServer) -> APIRouter:
                     await followed.leave()
                     raise
                 return server.streamed(followed, answer)
+            followed.until_end = True
             try:
                 await unless_left(request, _finished(followed, answer))
-            finally:
+            except BaseException:
                 await followed.leave()
+                raise
+            followed.leave_soon()
             return JSONResponse(answer.images())
 
         schema = request_schema(kind)

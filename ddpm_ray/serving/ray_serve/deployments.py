@@ -135,9 +135,11 @@ class TableReplica:
         self._sweeping = self._sweeping or asyncio.create_task(self._sweep())
         return await _returned(self._table.submit(key, order, is_kept, source))
 
-    async def report(self, key: JobKey, first: int, timeout_s: float) -> Any:
+    async def report(
+        self, key: JobKey, first: int, timeout_s: float, until_end: bool = False
+    ) -> Any:
         """See JobTable."""
-        return await _returned(self._table.report(key, first, timeout_s))
+        return await _returned(self._table.report(key, first, timeout_s, until_end))
 
     async def cancel(self, key: JobKey) -> Any:
         """See JobTable."""

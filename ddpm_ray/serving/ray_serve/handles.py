@@ -10,8 +10,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ddpm_ray.serving.http.following import TableLostError
-from ddpm_ray.serving.job_entry import JobKey, JobState
-from ddpm_ray.serving.job_table import JobReport
+from ddpm_ray.serving.job_entry import JobKey, JobReport, JobState
 from ddpm_ray.serving.orders import Event, ImageOrder, ReplicaLostError
 from ddpm_ray.serving.request_errors import RequestError
 
@@ -33,9 +32,11 @@ class RemoteJobs:
         found: str = await self._ask("submit", key, order, is_kept, source)
         return found
 
-    async def report(self, key: JobKey, first: int, timeout_s: float) -> JobReport:
+    async def report(
+        self, key: JobKey, first: int, timeout_s: float, until_end: bool = False
+    ) -> JobReport:
         """See JobTable."""
-        found: JobReport = await self._ask("report", key, first, timeout_s)
+        found: JobReport = await self._ask("report", key, first, timeout_s, until_end)
         return found
 
     async def cancel(self, key: JobKey) -> JobState:
