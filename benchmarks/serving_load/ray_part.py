@@ -28,8 +28,8 @@ from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed.connection import connect
 from ddpm_ray.serving.image_files import encoded_image
-from ddpm_ray.serving.ray_serve.deployments import ServerSetup
 from ddpm_ray.serving.ray_serve.server import drain_server, start_server
+from ddpm_ray.serving.ray_serve.server_setup import ServerSetup
 from ddpm_ray.training.checkpoints import CheckpointStore
 
 PORT = 18_600

@@ -23,6 +23,7 @@ from ddpm_ray.serving.request_errors import RequestError
 
 SEEDS = 2**31  # of requests without a seed; a client that knows it repeats the images
 MOST_BODIES = 256 * 2**20  # bytes of the bodies that are read at once; other requests wait
+SMALL_BODY = 2**16  # bytes
 QUIET_S = 15.0  # a stream without events has a comment so often, so that no proxy ends it
 
 
@@ -47,8 +48,13 @@ class HttpServer:
         return self.settings.access.client(request)
 
     async def body(self, request: Request) -> Body:
-        """The body of a request. Raises RequestError."""
-        async with self._reading:
+        """The body of a request. Raises RequestError.
+
+        Large ones wait for others: their sum is bounded. Small ones do not, whoever sends slowly.
+        """
+        length = request.headers.get("content-length", "")
+        is_small = length.isdecimal() and len(length) < 10 and int(length) <= SMALL_BODY
+        async with contextlib.nullcontext() if is_small else self._reading:
             return await read_body(request, self.settings.max_body, self.settings.max_body_s)
 
     def followed(self, client: str, job_id: str) -> Followed:

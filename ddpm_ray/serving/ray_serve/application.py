@@ -17,12 +17,8 @@ from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.runs.model_sources import ModelSources
 from ddpm_ray.serving.http.access import clients_of
 from ddpm_ray.serving.ray_serve.autoscaling import QueuePolicy
-from ddpm_ray.serving.ray_serve.deployments import (
-    ApiReplica,
-    EngineReplica,
-    ServerSetup,
-    TableReplica,
-)
+from ddpm_ray.serving.ray_serve.deployments import ApiReplica, EngineReplica, TableReplica
+from ddpm_ray.serving.ray_serve.server_setup import ServerSetup
 from ddpm_ray.tracking.model_uri import resolve_model_uri, shown_name
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 

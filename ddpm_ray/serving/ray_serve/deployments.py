@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ddpm_ray.config.jobs.serve import ServeConfig
 from ddpm_ray.serving.http.access import Access
 from ddpm_ray.serving.http.app import build_app
 from ddpm_ray.serving.http.http_server import HttpSettings
@@ -30,6 +26,7 @@ from ddpm_ray.serving.limits import TokenBucket
 from ddpm_ray.serving.orders import Event, ImageOrder, ReplicaLostError
 from ddpm_ray.serving.ray_serve.autoscaling import QUEUED_S
 from ddpm_ray.serving.ray_serve.handles import RemoteDraw, RemoteJobs
+from ddpm_ray.serving.ray_serve.server_setup import ServerSetup, start_log
 from ddpm_ray.serving.request_errors import RequestError
 
 if TYPE_CHECKING:
@@ -38,19 +35,6 @@ if TYPE_CHECKING:
 MB = 2**20
 SWEEP_S = 5.0  # between two looks for jobs that nobody reads
 MODELS_S = 5.0  # the list of models is asked for so often
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ServerSetup:
-    """All that the processes of a server need."""
-
-    config: ServeConfig
-    uris: Mapping[str, str]  # of the models, by name; folders are absolute
-    clients: Mapping[str, str]  # name -> sha256 of the token
-    home: str  # folder of the job, for the default tracking URI
-    tracking_uri: str
 
 
 class EngineReplica:
@@ -199,13 +183,3 @@ async def _returned(work: Awaitable[Any]) -> Any:
         return await work
     except RequestError as error:
         return error
-
-
-def start_log() -> None:
-    """Log our messages on stderr, which Ray sends to the job."""
-    own = logging.getLogger("ddpm_ray")
-    if not own.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        own.addHandler(handler)
-        own.setLevel(logging.INFO)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ddpm_ray.serving.batch_width import profiled_width
 from ddpm_ray.serving.engine import EngineSettings
 from ddpm_ray.serving.image_service import ImageService, ServiceSettings
 from ddpm_ray.serving.job_plans import RequestLimits
+from ddpm_ray.serving.ray_serve.server_setup import ServerSetup
 from ddpm_ray.serving.served_models import LoadedModel, ServedModels
 from ddpm_ray.serving.shared_calls import (
     CallRows,
@@ -28,9 +29,6 @@ from ddpm_ray.serving.shared_calls import (
     computed_rows,
     with_shared_networks,
 )
-
-if TYPE_CHECKING:
-    from ddpm_ray.serving.ray_serve.deployments import ServerSetup
 
 log = logging.getLogger(__name__)
 

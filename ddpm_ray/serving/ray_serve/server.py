@@ -19,7 +19,7 @@ from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.distributed.signals import Interrupts
 from ddpm_ray.redaction import counted
 from ddpm_ray.serving.ray_serve.application import QUIET, application, named_uris, server_setup
-from ddpm_ray.serving.ray_serve.deployments import ServerSetup
+from ddpm_ray.serving.ray_serve.server_setup import ServerSetup
 
 log = logging.getLogger(__name__)
 
