@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ddpm_ray.assembly import cascades, checkpoint_loading
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint
 from ddpm_ray.runs.load_model import load_to_draw
 from ddpm_ray.sampling.drawing_model import DrawingModel
@@ -42,6 +43,18 @@ class ModelSources:
         except CheckpointError:  # a cascade, or a folder of diffusers; or none, which `load` says
             return uri
         return checkpoint
+
+    def require_drawable(self, uri: str) -> None:
+        """Raise where nothing that draws images is at `uri`, without a look at its weights.
+
+        ConfigError for another kind of model, CheckpointError, StorageError, TrackingError.
+        """
+        if uri.startswith(IN_MLFLOW):
+            self.source(uri)
+            return
+        url = object_store.absolute(uri, self._home)
+        config, _ = checkpoint_loading.run_facts(cascades.decoder_url(url))
+        checkpoint_loading.require_denoiser(config, url)
 
     def load(self, source: str) -> DrawingModel:
         """Load the model at a source; raises what `load_to_draw` does."""

@@ -1,12 +1,11 @@
 """The number of rows of a network call with which an engine computes the most rows per second."""
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 Clock = Callable[[], float]
-ROUNDS = 3  # timed calls of each width, after one that is not timed
+ROUNDS = 5  # timed calls of each width, after one that is not timed
 LEAST_GAIN = 1.05  # of the rate; with less, a wider call only lets each job wait longer
 PATIENCE = 2  # widths in a row without that gain, after which no wider one is tried
 
@@ -38,7 +37,7 @@ def profiled_width(
     best, width = 1, 1
     while width <= most:
         try:
-            seconds[width] = _median_s(call, width, clock)
+            seconds[width] = _best_s(call, width, clock)
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if width == 1 or not (isinstance(error, MemoryError) or NO_MEMORY in str(error)):
                 raise
@@ -51,12 +50,12 @@ def profiled_width(
     return WidthProfile(best, best / seconds[best], seconds)
 
 
-def _median_s(call: Callable[[int], object], rows: int, clock: Clock) -> float:
-    """Median seconds of a call."""
+def _best_s(call: Callable[[int], object], rows: int, clock: Clock) -> float:
+    """Seconds of the fastest call: others were held up by other work of the machine."""
     call(rows)
     took = []
     for _ in range(ROUNDS):
         begun_s = clock()
         call(rows)
         took.append(clock() - begun_s)
-    return statistics.median(took)
+    return min(took)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from ddpm_ray.config.option_fields import arguments, option, out_of_range, shown
+from ddpm_ray.config.reading.nearest import did_you_mean
 from ddpm_ray.serving.request_errors import RequestError
 
 MOST_PROMPT = 4000  # characters
@@ -100,8 +101,9 @@ def parsed_request(
     known = {item.name for item in fields(kind)}
     for name in values:
         if name not in known and name not in EXTENSIONS:
-            allowed = ", ".join([*sorted(known), *EXTENSIONS])
-            raise RequestError(f"there is no field {shown(name)}; there are {allowed}", str(name))
+            allowed = [*sorted(known), *EXTENSIONS]
+            hint = did_you_mean(str(name), allowed) or f"; there are {', '.join(allowed)}"
+            raise RequestError(f"there is no field {shown(name)}{hint}", str(name))
     own = {name: value for name, value in values.items() if name in known}
     try:
         request = kind(**arguments(kind, own))

@@ -80,5 +80,6 @@ class ImageService:
         if rate and rows / rate > limit_s:
             raise RequestError(
                 f"this takes about {rows / rate:.1f} s of network calls, and a request has at most "
-                f"{limit_s:g} s: take fewer steps or images, or a smaller canvas"
+                f"{limit_s:g} s (limits.max_job_s): take fewer steps or images, or less canvas",
+                "steps",
             )

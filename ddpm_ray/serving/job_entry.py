@@ -54,6 +54,7 @@ class JobEntry:
     previews: set[int] = field(default_factory=set)  # numbers of those that were made
     progress: JobProgress = NOT_BEGUN
     losses: int = 0
+    paid: float = 0.0  # by its client, in megapixels of network calls
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     ended_s: float | None = None
@@ -76,7 +77,15 @@ class JobEntry:
     def outcome(self) -> str:
         """The state of a job that has ended, with `refused` apart from other failures."""
         last = self.events[-1]
-        return "refused" if isinstance(last, Failed) and last.error.status == 429 else self.state
+        if self.state == "failed" and isinstance(last, Failed) and last.error.status < 500:
+            return "refused"  # the client's mistake, or no room
+        return self.state
+
+    @property
+    def unspent(self) -> float:
+        """The part of what was paid for network calls that were not computed."""
+        rows = self.progress.rows
+        return self.paid * max(0.0, 1 - self.progress.computed / rows) if rows else 0.0
 
     @property
     def has_url(self) -> bool:

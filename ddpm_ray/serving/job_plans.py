@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -195,7 +196,7 @@ def _chosen(
     try:
         configured = model.with_settings(**given)
     except (TypeError, ValueError) as error:
-        raise _of_error(error) from error
+        raise _of_error(error, given) from error
     if (steps := configured.settings.steps) > limits.max_steps:
         raise RequestError(
             f"steps is {steps}; this server allows at most {limits.max_steps}", "steps"
@@ -210,6 +211,9 @@ def _chosen(
     plan = sampling_plan(configured.settings, model.denoiser.schedule, names)
     drawn = {name: getattr(plan.settings, name) for name in EXTENSIONS}
     facts = {name: value for name, value in drawn.items() if value not in ("", ())}
+    tokenizer = model.denoiser.takes.tokenizer
+    if request.prompt and tokenizer is not None and tokenizer.too_long([request.prompt]):
+        facts["prompt_cut_to_tokens"] = tokenizer.length
     return given, plan, {"prompt": request.prompt, **facts}
 
 
@@ -227,6 +231,9 @@ def _windows(model: DrawingModel, canvas: Canvas) -> int:
     return editing.windows(rows, columns, model.denoiser.codec.shape(model.image_shape)[1:])
 
 
-def _of_error(error: Exception) -> RequestError:
-    """The error of a setting, which names its field."""
-    return RequestError(str(error), named_field(str(error)))
+def _of_error(error: Exception, given: Mapping[str, Any] | None = None) -> RequestError:
+    """The error of a setting; it names the field, of those that the request has if one is in it."""
+    text = re.sub(r"^prompts\b", "prompt", str(error))
+    sent = [name for name in given or () if re.search(rf"\b{name}\b", text)]
+    first = named_field(text)
+    return RequestError(text, first if first in sent or not sent else named_field(sent[0]))

@@ -86,6 +86,11 @@ class JobTable:
         self._is_draining = False
 
     @property
+    def is_draining(self) -> bool:
+        """Whether no more jobs are taken."""
+        return self._is_draining
+
+    @property
     def unfinished(self) -> int:
         """Jobs that wait or run."""
         return len(self._open)
@@ -207,8 +212,10 @@ class JobTable:
         """The last event of a job; its task ends, and with it the work of a replica."""
         if entry.ended_s is not None:
             return
-        if isinstance(event, Finished):
-            entry.progress = JobProgress(0, 0.0, event.computed, entry.progress.rows)
+        computed = event.computed if isinstance(event, Finished) else entry.progress.computed
+        entry.progress = JobProgress(0, 0.0, computed, entry.progress.rows)
+        if entry.unspent:
+            self._buckets[entry.key[0]].charge(-entry.unspent)
         entry.events.append(event)
         entry.ended_s = self._clock()
         if entry.task is not None and entry.task is not asyncio.current_task():
@@ -265,6 +272,7 @@ class JobTable:
                     entry.events.append(event)
                 if bucket is not None:
                     bucket.charge(cost)
+                    entry.paid = cost
                 entry.source = source
             case PreviewFiles(number):  # after a loss they come again
                 if number not in entry.previews:

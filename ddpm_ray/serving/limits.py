@@ -61,6 +61,7 @@ class TokenBucket:
 
     per_s: float
     burst: float
+    unit: str = "units"
     clock: Clock = time.monotonic
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -76,9 +77,10 @@ class TokenBucket:
             self._refill()
             lacking = min(units, self.burst) - self._level
             if lacking > 1e-9 * self.burst:
-                rate = f"{self.per_s:g} a second and {self.burst:g} at once"
                 raise OverloadedError(
-                    f"this takes {units:g} units, and a client has {rate}", lacking / self.per_s
+                    f"this takes {units:g} {self.unit}, and a client has {self.per_s:g} a second "
+                    f"and {self.burst:g} at once (a larger request waits until all are there)",
+                    lacking / self.per_s,
                 )
 
     @property

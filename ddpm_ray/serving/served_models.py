@@ -55,6 +55,7 @@ class LoadedModel:
             "edited_size": "{1}x{0}".format(*model.image_size),
             "channels": channels,
             "takes_text": not edits or has_text,
+            "prompt_tokens": takes.tokenizer.length if takes.tokenizer else None,  # more are cut
             "num_classes": takes.num_classes,
             "label_names": None if names is None else list(names),
             "guidance": model.drops_labels and (takes.num_classes > 0 or has_text),

@@ -51,6 +51,9 @@ class LocalJobs(JobTable):
     async def models(self) -> list[dict[str, Any]]:
         return [one.facts for one in self.models_by_name.current]
 
+    async def is_ready(self) -> bool:
+        return not self.is_draining
+
     async def metrics_text(self) -> str:
         return self.metrics.text()
 

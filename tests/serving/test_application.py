@@ -13,12 +13,17 @@ from ray.serve.schema import ServeDeploySchema
 
 from ddpm_ray.config.jobs.serve import ServeConfig
 from ddpm_ray.config.loading import ConfigError, load_config
+from ddpm_ray.runs.model_sources import ModelSources
 from ddpm_ray.serving.ray_serve.application import TOKENS, build, named_uris, server_setup
 from ddpm_ray.serving.ray_serve.autoscaling import QUEUED_S, QueuePolicy
+from ddpm_ray.tracking.mlflow_runs import TrackingError
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from tests.data.embedding_sets import random_embeddings, write_embeddings
 from tests.noise import pack_noise
-from tests.test_cascade_job import trained
+from tests.test_cascade_job import DIFFUSION, PRIOR, WIDTH, trained
 from tests.training.test_loop import TINY_UNET
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's, as it imports
 ROOT = Path(__file__).parents[2]
 TOKEN = "t" * 32
 
@@ -28,6 +33,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("serve")
     pack_noise(str(root / "data"), 8, 4)
     trained(root / "digits", str(root / "data"), *TINY_UNET)
+    write_embeddings(root / "embeddings", random_embeddings(8, WIDTH), 8, captioned=True)
+    held = {"image_encoder": {"url": "x", "sha256": "0" * 64}}
+    trained(root / "prior", str(root / "embeddings"), *PRIOR, *DIFFUSION, held=held)
     return str(root / "digits")
 
 
@@ -40,6 +48,7 @@ def test_the_folder_of_a_run_is_pinned_to_its_checkpoint(
 ) -> None:
     """So a process that starts later serves the same weights; names in the registry move."""
     monkeypatch.setenv(TOKENS, f"alice={TOKEN}")
+    monkeypatch.setattr(ModelSources, "require_drawable", lambda *_: None)  # no registry here
     chosen = config("more_models=[faces=models:/faces@champion]")
     setup = server_setup(chosen, named_uris(chosen, run, ROOT), ROOT, is_local=True)
     assert list(setup.uris) == ["digits", "faces"]
@@ -73,6 +82,9 @@ def test_wrong_options_are_named(options: list[str], problem: str) -> None:
         (TOKEN, {"model_uri": "{run}", "model": "x"}, "args has model; it has model_uri"),
         (TOKEN, {}, "args.model_uri is empty: name a model"),
         (TOKEN, {"model_uri": "/nowhere"}, "/nowhere: there is no such folder"),
+        (TOKEN, {"model_uri": "{run}/../data"}, "this is a data set and not a model"),
+        (TOKEN, {"model_uri": "{run}/../prior"}, "holds a prior, which draws no images"),
+        (TOKEN, {"model_uri": "models:/nope@champion"}, "name=nope not found"),
         (
             TOKEN,
             {"model_uri": "{run}", "options": ["ports=1"]},
@@ -86,11 +98,17 @@ def test_wrong_options_are_named(options: list[str], problem: str) -> None:
     ],
 )
 def test_a_deployment_with_a_mistake_is_refused(
-    tokens: str, args: dict[str, Any], problem: str, run: str, monkeypatch: pytest.MonkeyPatch
+    tokens: str,
+    args: dict[str, Any],
+    problem: str,
+    run: str,
+    monkeypatch: pytest.MonkeyPatch,
+    mlflow_database: str,
 ) -> None:
     monkeypatch.setenv(TOKENS, tokens)
     given = {k: v.replace("{run}", run) if isinstance(v, str) else v for k, v in args.items()}
-    with pytest.raises(ConfigError, match=re.escape(problem)):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_database)
+    with pytest.raises((ConfigError, CheckpointError, TrackingError), match=re.escape(problem)):
         build(given)
 
 

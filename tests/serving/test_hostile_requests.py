@@ -122,8 +122,9 @@ def test_a_wrong_value_is_named(url: str, fields: dict[str, Any], param: str, st
 def test_a_wrong_kind_or_wait_of_a_job_is_named(url: str) -> None:
     answer = requests.put(f"{url}v1/jobs/a", json={"kind": []}, timeout=ENDS_S)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "kind")
-    answer = requests.get(f"{url}v1/jobs/a?wait=soon", timeout=ENDS_S)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "wait")
+    for wait in ("soon", "nan", "-1", "1e9"):
+        answer = requests.get(f"{url}v1/jobs/a?wait={wait}", timeout=ENDS_S)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "wait")
 
 
 def test_a_deleted_job_says_what_it_was(url: str) -> None:
@@ -134,7 +135,7 @@ def test_a_deleted_job_says_what_it_was(url: str) -> None:
     assert requests.delete(job, timeout=ENDS_S).status_code == 404
 
 
-@pytest.mark.parametrize("job", ["a b", "a" * 129, "ä", "%0a"])
+@pytest.mark.parametrize("job", ["a b", "a" * 129, "ä", "%0a", "%2e%2e"])
 def test_an_id_has_plain_characters(url: str, job: str) -> None:
     answer = requests.put(f"{url}v1/jobs/{job}", json={"steps": 3}, timeout=ENDS_S)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "id")

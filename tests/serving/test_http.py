@@ -83,6 +83,9 @@ def test_openais_client_draws_images(client: OpenAI, model: TrainedModel) -> Non
     assert facts["model"] == "digits"
     assert facts.items() >= {"kind": "generation", "index": 1, **SETTINGS}.items()
     assert [one.id for one in client.models.list()] == ["digits"]
+    assert client.models.retrieve("digits").id == "digits"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'cats'"):
+        client.models.retrieve("cats")
 
 
 def test_openais_client_reads_a_stream_of_previews(client: OpenAI) -> None:
@@ -143,6 +146,7 @@ def test_a_wrong_field_is_named(url: str, fields: dict[str, Any], param: str) ->
         ("application/json", b"{", "the body is no JSON"),
         ("application/json", b"[1]", "no JSON object"),
         ("application/json", b'{"steps": NaN}', "NaN is no number of JSON"),
+        ("application/json", b'{"n": 1, "n": 2}', "n is given twice"),
         ("application/json", b"[" * 100_000, "the body is no JSON"),
         ("application/json", b"\xff", "the body is no JSON"),
         ("text/plain", b"{}", "Content-Type is 'text/plain'; send application/json"),
@@ -500,6 +504,8 @@ def test_the_api_describes_itself(url: str) -> None:
     assert schema["required"] == ["image"]
     assert schema["properties"]["strength"]["exclusiveMinimum"] == 0
     assert requests.get(url + "docs", timeout=ENDS_S).status_code == 404  # of another host
+    for path in ("", "healthz"):
+        assert requests.head(url + path, timeout=ENDS_S).status_code == 200
     tools = requests.get(url + "v1/tools", timeout=ENDS_S).json()
     assert [tool["function"]["name"] for tool in tools] == ["generate_image", "edit_image"]
     answer = requests.post(url + "v1/images/paint", json={}, timeout=ENDS_S)

@@ -360,6 +360,29 @@ def test_a_job_of_a_lost_table_goes_on_with_its_weights_and_is_not_paid_twice() 
     run(work)
 
 
+def test_a_client_that_leaves_pays_for_what_was_computed() -> None:
+    async def work() -> None:
+        bucket = TokenBucket(per_s=1e-9, burst=10.0, clock=Clock())
+        waits = asyncio.Event()
+
+        async def draw(
+            order: ImageOrder, source: str, affordable: float, table: str
+        ) -> AsyncGenerator[Event, None]:
+            yield ACCEPTED
+            yield JobProgress(0, 1.0, 4, 10)
+            await waits.wait()
+
+        table = JobTable(draw, buckets={"alice": bucket})
+        await table.submit(KEY, order(), is_kept=False)
+        while (await table.report(KEY, 0, ENDS_S)).progress.computed != 4:
+            await asyncio.sleep(0)
+        assert bucket.affordable == pytest.approx(10 - 2.0)
+        await table.leave(KEY)
+        assert bucket.affordable == pytest.approx(10 - 2.0 * 4 / 10)
+
+    run(work)
+
+
 def test_the_fields_of_the_answer_are_not_those_of_the_job() -> None:
     async def work() -> None:
         draw = Scripted(WHOLE)

@@ -33,7 +33,7 @@ def test_no_stretch_of_time_has_more_than_the_rate(
 ) -> None:
     """Of any stretch, all but the last request fit into burst + rate x its length."""
     clock = Clock()
-    bucket, taken = TokenBucket(per_s, burst, clock), []
+    bucket, taken = TokenBucket(per_s, burst, clock=clock), []
     for wait_s, units in requests:
         clock.now_s += wait_s
         try:
@@ -53,7 +53,7 @@ def test_a_refused_request_is_accepted_after_the_stated_time(
     requests: list[tuple[float, float]], per_s: float, burst: float
 ) -> None:
     clock = Clock()
-    bucket = TokenBucket(per_s, burst, clock)
+    bucket = TokenBucket(per_s, burst, clock=clock)
     for wait_s, units in requests:
         clock.now_s += wait_s
         try:
@@ -82,7 +82,7 @@ def test_the_queue_is_bounded_by_the_time_of_its_work() -> None:
 def test_a_bucket_without_a_rate_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0; it must be above 0"):
         TokenBucket(per_s=float(name != "per_s"), burst=float(name != "burst"))
-    bucket = TokenBucket(2.0, 3.0, Clock())
+    bucket = TokenBucket(2.0, 3.0, clock=Clock())
     take(bucket, 3)
     with pytest.raises(
         OverloadedError, match="takes 1 units, and a client has 2 a second and 3 at"

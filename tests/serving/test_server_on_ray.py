@@ -173,7 +173,7 @@ def test_killed_processes_lose_no_job_and_a_signal_drains(
     result = json.loads(out.splitlines()[-1])
     assert result["jobs_cut_off"] == 0
     assert list(result["models"]) == ["digits"]
-    assert "no more jobs are taken; waiting for those that run\n" in served.said
+    assert "no more jobs are taken; those that run have 60 s to end\n" in served.said
 
 
 @pytest.mark.slow

@@ -60,7 +60,9 @@ class Access:
         if not self.clients:
             if _parts(f"//{host}").hostname not in LOOPBACK:
                 raise RequestError(
-                    "this server has no tokens and is used as localhost only", status=403
+                    "this server has no tokens: address it as 127.0.0.1 or localhost, or start it "
+                    "with DDPM_RAY_TOKENS",
+                    status=403,
                 )
             return LOCAL
         kind, _, token = request.headers.get("authorization", "").partition(" ")

@@ -46,8 +46,10 @@ async def _read(request: Request, max_bytes: int) -> Body:
         raise RequestError(f"{given}; send application/json or multipart/form-data", status=415)
     data = b"".join([part async for part in stream])
     try:
-        values = json.loads(data, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
+        values = json.loads(data, parse_constant=_refuse, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise RequestError("the body is no JSON: it is nested too deeply") from error
+    except ValueError as error:
         raise RequestError(f"the body is no JSON: {error}") from error
     if not isinstance(values, dict):
         raise RequestError("the body is no JSON object, as {} is")
@@ -122,12 +124,21 @@ async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
 def _decoded(name: str, value: object) -> bytes:
     """The file of a JSON field: base64, or a data URL."""
     if not isinstance(value, str):
-        raise RequestError(f"{name} is no text; send the file in base64", name)
+        raise RequestError(f"{name} has to be one file, as a text in base64", name)
     text = value.partition(",")[2] if value.startswith("data:") else value
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{name} is no base64: {error}", name) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object, each of which is given once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
+        raise ValueError(f"{twice} is given twice")
+    return found
 
 
 def _refuse(constant: str) -> Mapping[str, Any]:

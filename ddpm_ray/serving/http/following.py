@@ -66,6 +66,10 @@ class Jobs(Protocol):
         """The served models as JSON; empty until they are loaded."""
         ...
 
+    async def is_ready(self) -> bool:
+        """Whether models are served, and jobs are taken."""
+        ...
+
     async def metrics_text(self) -> str:
         """Prometheus' text."""
         ...

@@ -16,7 +16,7 @@ from ddpm_ray.serving.http.http_server import HttpServer, order_of
 from ddpm_ray.serving.http.schemas import REQUESTS
 from ddpm_ray.serving.request_errors import RequestError
 
-JOB_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 MOST_WAIT_S = 300.0
 FIRST_S = 5.0  # PUT waits so long for the job to be accepted or refused
 NO_EVENTS = 2**31  # number of an event that no job has: a report without events
@@ -31,7 +31,7 @@ def job_routes(server: HttpServer) -> APIRouter:
         """Begin a job, or come back to it: the same request has one job, and the same images."""
         client = server.client(request)
         if not JOB_ID.fullmatch(job_id):
-            raise RequestError("id has 1 to 128 letters, digits, and any of _ . : -", "id")
+            raise RequestError("id has 1 to 128 letters, digits, and then any of _ . : -", "id")
         body = await server.body(request)
         kind = body.values.pop("kind", "generation")
         if not isinstance(kind, str) or kind not in REQUESTS:
@@ -47,9 +47,11 @@ def job_routes(server: HttpServer) -> APIRouter:
 
     @router.get("/{job_id}")
     async def get(request: Request, job_id: str, wait: float = 0.0) -> Response:
-        """The state of a job, with its images; waits up to `wait` seconds for them."""
+        """The state of a job, with its images; waits up to `wait` seconds, at most 300."""
+        if not 0 <= wait <= MOST_WAIT_S:
+            raise RequestError(f"wait is {wait:g}; it has to be 0 to {MOST_WAIT_S:g} s", "wait")
         followed, answer = await found(request, job_id)
-        return await _job(followed, answer, job_id, min(max(wait, 0.0), MOST_WAIT_S), request)
+        return await _job(followed, answer, job_id, wait, request)
 
     @router.get("/{job_id}/events")
     async def events(request: Request, job_id: str) -> Response:

@@ -47,6 +47,15 @@ def model_routes(server: HttpServer) -> APIRouter:
         server.client(request)
         return JSONResponse({"object": "list", "data": await patiently(server.jobs.models)})
 
+    @router.get("/v1/models/{name}")
+    async def model(request: Request, name: str) -> Response:
+        """One of them."""
+        server.client(request)
+        for facts in await patiently(server.jobs.models):
+            if facts["id"] == name:
+                return JSONResponse(facts)
+        raise RequestError(f"there is no model {name!r}", "model", status=404)
+
     @router.get("/v1/tools")
     async def tools(request: Request) -> Response:
         """Tools for chat models: generate_image and edit_image, as JSON schemas."""
@@ -84,14 +93,14 @@ def page_routes(server: HttpServer) -> APIRouter:
 
     @router.get("/readyz")
     async def ready() -> Response:
-        """Whether requests are served: 200, or 503 while models are loaded."""
+        """Whether jobs are taken: 200, or 503 while models are loaded and while the server ends."""
         try:
             async with asyncio.timeout(READY_S):
-                found = await server.jobs.models()
+                is_ready = await server.jobs.is_ready()
         except (TimeoutError, TableLostError, RequestError):
-            found = []
-        state = {"status": "ready" if found else "loading"}
-        return JSONResponse(state, status_code=200 if found else 503)
+            is_ready = False
+        state = {"status": "ready" if is_ready else "not ready"}
+        return JSONResponse(state, status_code=200 if is_ready else 503)
 
     @router.get("/{name}")
     async def page(name: str) -> Response:
@@ -100,7 +109,10 @@ def page_routes(server: HttpServer) -> APIRouter:
             raise HTTPException(404)
         return _page_file(name)
 
-    router.add_api_route("/", lambda: _page_file("index.html"), include_in_schema=False)
+    router.add_api_route("/healthz", health, methods=["HEAD"], include_in_schema=False)
+    router.add_api_route(
+        "/", lambda: _page_file("index.html"), methods=["GET", "HEAD"], include_in_schema=False
+    )
     return router
 
 

@@ -25,6 +25,7 @@ from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 TOKENS = "DDPM_RAY_TOKENS"
 MOST_REQUESTS = 10_000  # at once, of a process: the job table bounds them
 HEALTH_S = 2.0  # Ray Serve looks for lost processes so often; its default is 10 s
+STARTS = 3  # of a process that fails before it is ready; a replaced one is tried again later
 EXIT_S = 10.0  # a process has so long to end after its jobs
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
@@ -77,6 +78,8 @@ def server_setup(
         )
     tracking_uri = resolve_tracking_uri(home)
     sources = ModelSources(home, tracking_uri)
+    for uri in uris.values():  # here, in seconds: a process that fails is started again and again
+        sources.require_drawable(uri)
     pinned = {name: sources.pinned(uri) for name, uri in uris.items()}
     return ServerSetup(config, pinned, clients, str(home), tracking_uri)
 
@@ -99,6 +102,7 @@ def application(setup: ServerSetup) -> Application:
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         # One that autoscaling removes takes no more jobs, and ends once its longest has ended.
         graceful_shutdown_timeout_s=setup.config.limits.max_job_s + EXIT_S,
+        max_constructor_retry_count=STARTS,
         **_replicas(replicas),
         **common,
     )

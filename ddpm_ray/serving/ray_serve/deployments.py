@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 MB = 2**20
+UNIT = "megapixels of network calls"
 SWEEP_S = 5.0  # between two looks for jobs that nobody reads
 MODELS_S = 5.0  # the list of models is asked for so often
 
@@ -106,7 +107,7 @@ class TableReplica:
         buckets = {}
         if per_s:
             names = setup.clients or {"local": ""}
-            buckets = {name: TokenBucket(per_s, per_s * burst_s) for name in names}
+            buckets = {name: TokenBucket(per_s, per_s * burst_s, UNIT) for name in names}
         settings = TableSettings(kept_s=limits.kept_s, kept_bytes=round(limits.kept_mb * MB))
         self._table = JobTable(RemoteDraw(engines), settings, buckets)
         self._engines, self._drain_s = engines, setup.config.drain_s
@@ -144,6 +145,10 @@ class TableReplica:
                 self._models = await self._engines.models.remote()
                 self._asked_s = time.monotonic()
         return self._models
+
+    async def is_ready(self) -> bool:
+        """Whether models are served, and jobs are taken."""
+        return not self._table.is_draining and bool(await self.models())
 
     async def metrics_text(self) -> str:
         """Prometheus' text."""

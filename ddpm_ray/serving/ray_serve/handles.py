@@ -58,6 +58,11 @@ class RemoteJobs:
         found: list[dict[str, Any]] = await self._ask("models")
         return found
 
+    async def is_ready(self) -> bool:
+        """Whether models are served, and jobs are taken."""
+        found: bool = await self._ask("is_ready")
+        return found
+
     async def metrics_text(self) -> str:
         """Prometheus' text."""
         found: str = await self._ask("metrics_text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from ddpm_ray.config.jobs.serve import ServeConfig
+from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.distributed.connection import connect
 from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.distributed.signals import Interrupts
@@ -33,6 +35,7 @@ def run_until_signal(config: ServeConfig, model_uri: str, home: Path) -> dict[st
     """Serve until the first signal; return what was served. Raises ConfigError, RunFailedError."""
     uris = named_uris(config, model_uri, home)
     setup = server_setup(config, uris, home, config.is_loopback)
+    _require_port(config)
     replicas = config.replicas
     connect(
         config.address,
@@ -50,13 +53,27 @@ def run_until_signal(config: ServeConfig, model_uri: str, home: Path) -> dict[st
         with Interrupts(most=1) as signals:
             while not signals.count:
                 threading.Event().wait(0.5)  # a signal interrupts no longer wait here
-            log.info("no more jobs are taken; waiting for those that run")
+            log.info("no more jobs are taken; those that run have %g s to end", config.drain_s)
             left = drain_server(config.drain_s)
     finally:  # a Ray that others use would serve on
         serve.delete(APP)
         if is_ours:
             serve.shutdown()
     return {"url": url, "models": dict(setup.uris), "jobs_cut_off": left}
+
+
+def _require_port(config: ServeConfig) -> None:
+    """Raise ConfigError where another program listens at the address of a local server."""
+    if config.address or os.environ.get("RAY_ADDRESS"):
+        return  # its proxies run on other machines
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        socket.create_server((config.host, config.port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"port is {config.port}, and {config.host} cannot listen there ({reason}): take another"
+        ) from error
 
 
 def _require_free(config: ServeConfig) -> bool:
@@ -86,11 +103,18 @@ def start_server(setup: ServerSetup) -> str:
         serve.start(proxy_location=where, http_options=options, logging_config=QUIET)
         serve.run(application(setup), name=APP, route_prefix="/", logging_config=QUIET)
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = lines[-1] if lines else "Ray Serve gave no reason"  # the error of a process is last
-        raise RunFailedError(f"the server did not start: {why}") from error
+        raise RunFailedError(f"the server did not start: {_reason(error)}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{config.port}/"
+
+
+def _reason(error: RuntimeError) -> str:
+    """The error of the process that did not start: the last line of what Ray Serve knows of it."""
+    application = serve.status().applications.get(APP)
+    deployments = application.deployments.values() if application else ()
+    texts = [one.message for one in deployments if "Traceback" in one.message] or [str(error)]
+    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
+    return lines[-1] if lines else "Ray Serve gave no reason"
 
 
 def drain_server(drain_s: float) -> int | None:
