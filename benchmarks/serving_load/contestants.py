@@ -21,7 +21,8 @@ from benchmarks.serving_load.traffic import Arrival
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images, run_sampler, sampling_plan
-from ddpm_ray.serving.engine import Engine, EngineSettings
+from ddpm_ray.serving.engine import Engine
+from ddpm_ray.serving.engine_settings import EngineSettings
 
 WIDTH = 8
 BATCH_WAIT_S = 0.01  # the default of @serve.batch

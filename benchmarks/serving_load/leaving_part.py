@@ -5,6 +5,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -19,11 +20,23 @@ from benchmarks.serving_load.contestants import (
 from benchmarks.serving_load.models import drawing_model
 from benchmarks.serving_load.table import Row, percentile
 from benchmarks.serving_load.traffic import Arrival, backlog, offered_trace
+from ddpm_ray.diffusion.conditioning import Conditioning, Network
 from ddpm_ray.sampling.pipeline import TrainedModel
 
 LEAVING = 0.3  # share of the clients
 LOAD = 0.8
 PEER = "batch, largest steps"
+
+
+class CountedCalls:
+    """A network that counts the calls that have begun."""
+
+    def __init__(self, network: Network) -> None:
+        self.begun, self._network = 0, network
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.begun += 1
+        return self._network(x_t, t, conditioning)
 
 
 def saturation(
@@ -97,12 +110,14 @@ def steps_after(contestant: Contestant, rate: float, seconds: float, seed: int) 
 def preview_rows(name: str, rounds: int, seconds: float) -> list[Row]:
     """Network calls that begin after a request was submitted, up to that of its first preview."""
     model = drawing_model(name)
+    network = CountedCalls(model.denoiser.network)
+    model = replace(model, denoiser=replace(model.denoiser, network=network))
     rate = LOAD * saturation(StepBatching, model, 4 * WIDTH)
     found = []
     for number in range(rounds):
-        contestant = StepBatching(model)
+        contestant, trace = StepBatching(model), offered_trace(rate, seconds, number)
         try:
-            found.append(calls_to_preview(contestant, offered_trace(rate, seconds, number)))
+            found.append(calls_to_preview(contestant, network, trace))
         finally:
             contestant.close()
     within = [100 * sum(calls < 2 for calls in one) / len(one) for one in found]
@@ -114,21 +129,22 @@ def preview_rows(name: str, rounds: int, seconds: float) -> list[Row]:
     ]
 
 
-def calls_to_preview(contestant: StepBatching, trace: Sequence[Arrival]) -> list[float]:
+def calls_to_preview(
+    contestant: StepBatching, network: CountedCalls, trace: Sequence[Arrival]
+) -> list[float]:
     """Return the calls that begin between the submission of a request and its first step."""
-    engine, found, lock, tickets = contestant.engine, list[float](), threading.Lock(), []
+    found, lock, tickets = list[float](), threading.Lock(), []
 
     def first_step(before: int, seen: list[int], *_: int | Tensor) -> None:
         if not seen:
-            seen.append(engine.batches - before)
+            seen.append(network.begun - before)
             with lock:
                 found.append(float(seen[0]))
 
     begun_s = time.perf_counter()
     for arrival in trace:
         time.sleep(max(0.0, arrival.at_s - (time.perf_counter() - begun_s)))
-        running = engine.is_computing  # that call began before
-        on_step = partial(first_step, engine.batches + running, list[int]())
+        on_step = partial(first_step, network.begun, list[int]())
         tickets.append(contestant.submit(arrival, on_step))
     for ticket in tickets:
         ticket.result()

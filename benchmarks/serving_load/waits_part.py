@@ -17,7 +17,8 @@ from benchmarks.serving_load.traffic import (
 )
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL
-from ddpm_ray.serving.engine import Engine, EngineSettings
+from ddpm_ray.serving.engine import Engine
+from ddpm_ray.serving.engine_settings import EngineSettings
 
 LOADS = 0.5, 0.8  # rho
 CALL_S = 0.002  # of the network

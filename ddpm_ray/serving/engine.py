@@ -19,12 +19,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
 from ddpm_ray.diffusion.conditioning import Conditioning, Network
+from ddpm_ray.serving.engine_settings import EngineSettings
 from ddpm_ray.serving.engine_task import EngineJob, JobCancelledError, Task
 from ddpm_ray.serving.shared_calls import (
     Model,
@@ -45,20 +45,6 @@ EXIT_S = 30.0  # `close` waits that long for the engine's thread
 CANCELLED, CLOSED = "the job was cancelled", "the engine was closed"
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """Sizes of batches, and limits of the memory that jobs take."""
-
-    width: int = 8  # most rows of one network call; guidance takes two for an image
-    exact: bool = False  # all batches have `width` rows: equal bits whatever the other jobs
-    max_images: int = 64  # of all jobs that run; others wait
-
-    def __post_init__(self) -> None:
-        for name in ("width", "max_images"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"engine.{name} is {value}; it must be at least 1")
-
-
 Message: TypeAlias = tuple[Task | None, NetworkCall | None]
 """(task, its call), (task, None) at its end, or (None, None) to wake the engine."""
 
@@ -66,9 +52,9 @@ Message: TypeAlias = tuple[Task | None, NetworkCall | None]
 class Engine:
     """Runs jobs, and computes their network calls together. Close it, or use it in a `with`."""
 
-    def __init__(self, settings: EngineSettings = EngineSettings()) -> None:
-        self.settings = settings
-        self.batches, self.is_computing = 0, False  # network calls so far; whether one runs
+    def __init__(self, settings: EngineSettings | None = None) -> None:
+        self.settings = settings or EngineSettings()
+        self.batches = 0  # network calls so far
         self._here = threading.local()  # .task: that of the current thread
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._calls: dict[Task, NetworkCall] = {}  # that wait; of the engine's thread alone
@@ -277,9 +263,8 @@ class Engine:
         of = {call: task for task, call in self._calls.items()}
         rows = next_batch(of, self.settings.width)
         self._moved_s = begun_s = time.monotonic()
-        self.is_computing = True
         outputs = outputs_of(rows, self.settings.width if self.settings.exact else None)
-        self.is_computing, self._moved_s = False, time.monotonic()
+        self._moved_s = time.monotonic()
         took_s = self._moved_s - begun_s
         self._fault = self._fault or gpu_fault(outputs)
         with self._lock:

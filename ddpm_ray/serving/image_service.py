@@ -59,7 +59,7 @@ class ImageService:
             try:
                 QueueLimit(self.settings.max_queued_s, lambda: engine.load).require_room(cost.rows)
             except OverloadedError as error:
-                raise overloaded(error.reason, error.seconds) from error
+                raise overloaded(error) from error
         made: queue.SimpleQueue[Preview | None] = queue.SimpleQueue()
         show = Previewer(model, request.partial_images, job_plan.shown_steps, made)
         job = engine.submit(
@@ -71,7 +71,7 @@ class ImageService:
         facts = {"model": served.name, "kind": order.kind, **job_plan.facts}
         facts |= {key: model.provenance[key] for key in WEIGHTS if key in model.provenance}
         image_job = ImageJob(job, cost.rows, facts, made)
-        accepted = Accepted(served.source, facts, cost.rows, cost.megapixels, image_job.progress())
+        accepted = Accepted(served.source, facts, cost.megapixels, image_job.progress())
         return image_job, accepted
 
     def _require_short(self, rows: int, rate: float) -> None:

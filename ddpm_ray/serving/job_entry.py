@@ -118,6 +118,12 @@ class JobEntry:
         self.progress = NOT_BEGUN
         self.notify()
 
+    def files(self) -> dict[str, bytes]:
+        """Its images by name, as 0.png; none before its end."""
+        made, suffix = self.events[-1] if self.events else None, self.order.request.output_format
+        files = made.files if isinstance(made, Finished) else ()
+        return {f"{index}.{suffix}": file for index, file in enumerate(files)}
+
     def forget_uploads(self) -> None:
         """Drop the files of its order, which are large, and are not needed again."""
         self.order = replace(self.order, image=None, mask=None)

@@ -14,7 +14,6 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from ddpm_ray.redaction import counted
 from ddpm_ray.serving.job_entry import TABLE_HEADER, JobEntry, JobKey, JobReport, JobState
@@ -40,27 +39,11 @@ from ddpm_ray.serving.request_errors import (
     shutting_down,
 )
 from ddpm_ray.serving.served_metrics import ServedMetrics
+from ddpm_ray.serving.table_settings import TableSettings
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class TableSettings:
-    """Limits of the table."""
-
-    max_jobs: int = 1000  # that have not ended
-    max_uploads: int = 256 * 2**20  # bytes of the uploads of these
-    kept_s: float = 3600.0  # images stay so long
-    kept_bytes: int = 256 * 2**20  # of images that stay; the oldest go first
-    lease_s: float = 20.0  # a job that nobody reads for so long is cancelled, unless it is kept
-    # A job whose replica was lost so often runs alone: it may be the reason. The others of that
-    # replica are innocent, and are not lost with it again.
-    suspected_losses: int = 2
-    max_losses: int = 5  # a job fails when its replica is lost once more
-    retry_s: float = 0.2  # pause before a lost job runs again, doubled each time up to MOST_RETRY_S
-
-
-MOST_RETRY_S = 10.0
+OPEN_S = 5.0  # a client that finds too many open jobs may try again after that
 
 
 class JobTable:
@@ -83,12 +66,8 @@ class JobTable:
         self._alone = asyncio.Lock()
         self._undecided: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by client
         self._uploads = 0  # bytes of open jobs
-        self._is_draining = False
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether no more jobs are taken."""
-        return self._is_draining
+        self.is_draining = False  # whether no more jobs are taken
+        self._sweeping: asyncio.Task[None] | None = None
 
     @property
     def unfinished(self) -> int:
@@ -101,7 +80,7 @@ class JobTable:
         409 for an id that has another order, 429 and 503 where there is no room. `source` is that
         of an Accepted of an earlier table, which was lost. A job that has failed begins again.
         """
-        self.sweep()
+        self._sweeping = self._sweeping or asyncio.create_task(self._sweep_always())
         found = self._open.get(key) or self._ended.get(key)
         if found is not None and found.state not in ("failed", "cancelled"):
             if found.digest != order.digest():
@@ -160,20 +139,19 @@ class JobTable:
             self._end(entry, _cancelled("the client has left"))
         self._ended.forget(key)
 
-    async def file(self, secret: str, index: int) -> tuple[bytes, str]:
-        """The file and format of image `index` of a job that has ended. RequestError: 404."""
+    async def file(self, secret: str, name: str) -> bytes:
+        """The image of that name, as 0.png, of a job that has ended. RequestError: 404."""
         entry = self._ended.of_secret(secret)
-        made = entry.events[-1] if entry is not None else None
-        if entry is None or not isinstance(made, Finished) or not 0 <= index < len(made.files):
+        if entry is None or name not in (files := entry.files()):
             hours = self.settings.kept_s / 3600
             raise RequestError(
                 f"there is no such image; images are kept for at most {hours:g} h", status=404
             )
-        return made.files[index], entry.order.request.output_format
+        return files[name]
 
     async def drain(self, timeout_s: float) -> int:
         """Take no more jobs, wait for those that run, and end the rest; return their number."""
-        self._is_draining = True
+        self.is_draining = True
         until_s = self._clock() + timeout_s
         while self._open and (left_s := until_s - self._clock()) > 0:
             waiting = [entry.task for entry in self._open.values() if entry.task]
@@ -193,6 +171,11 @@ class JobTable:
                 self._end(entry, _cancelled("the client has left"))
         self._ended.sweep()
 
+    async def _sweep_always(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.sweep_s)
+            self.sweep()
+
     def _entry(self, key: JobKey) -> JobEntry:
         if (entry := self._open.get(key) or self._ended.get(key)) is None:
             headers = {TABLE_HEADER: self.identity}
@@ -201,12 +184,13 @@ class JobTable:
 
     def _require_room(self, order: ImageOrder) -> None:
         """Raise RequestError where no job can be taken."""
-        if self._is_draining:
+        if self.is_draining:
             raise shutting_down()
         size = self._uploads + order.uploads
         if len(self._open) >= self.settings.max_jobs or size > self.settings.max_uploads:
             jobs = counted(len(self._open), "job")
-            raise overloaded(f"{jobs} with {self._uploads / 2**20:.1f} MB of uploads are open", 5)
+            reason = f"{jobs} with {self._uploads / 2**20:.1f} MB of uploads are open"
+            raise overloaded(OverloadedError(reason, OPEN_S))
 
     def _end(self, entry: JobEntry, event: Finished | Failed) -> None:
         """The last event of a job; its task ends, and with it the work of a replica."""
@@ -266,7 +250,7 @@ class JobTable:
         match event:
             case JobProgress():
                 entry.progress = event
-            case Accepted(source, _, _, cost, progress):
+            case Accepted(source, _, cost, progress):
                 entry.progress = progress
                 if not any(isinstance(one, Accepted) for one in entry.events):
                     entry.events.append(event)
@@ -283,7 +267,7 @@ class JobTable:
                 try:
                     bucket.require(cost)  # it was too little then
                 except OverloadedError as error:
-                    self._end(entry, Failed(overloaded(error.reason, error.seconds)))
+                    self._end(entry, Failed(overloaded(error)))
             case Finished() | Failed():
                 self._end(entry, event)
         entry.notify()
@@ -300,8 +284,7 @@ class JobTable:
             return
         log.warning("job %s: its replica was lost (%s); it runs again", entry.key[1], error)
         entry.begin_again()
-        pause_s = self.settings.retry_s * 2 ** (entry.losses - 1)
-        await asyncio.sleep(min(pause_s, MOST_RETRY_S))
+        await asyncio.sleep(self.settings.pause_s(entry.losses))
 
 
 def _cancelled(why: str) -> Failed:

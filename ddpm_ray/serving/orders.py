@@ -54,7 +54,6 @@ class Accepted:
 
     source: str  # URI of the weights, which stays the same when the name of a model moves on
     facts: Mapping[str, Any]  # how the images are drawn
-    rows: int  # of network calls
     cost: float  # megapixels of network calls
     progress: JobProgress
 

@@ -1,9 +1,11 @@
 """Errors of a request, in the form of OpenAI's API."""
 
 import logging
-import math
 import secrets
+from collections.abc import Iterable
 from typing import Any
+
+from ddpm_ray.serving.limits import OverloadedError
 
 CANCELLED = "job_cancelled"  # code of the error of a cancelled job
 
@@ -47,11 +49,15 @@ def _restored(
     return RequestError(message, param, status=status, code=code, headers=headers)
 
 
-def overloaded(reason: str, seconds: float) -> RequestError:
-    """The error 429 of a server that takes such a job again after so many seconds."""
-    retry_s = max(1, math.ceil(seconds))
-    problem = f"{reason}: try again in {retry_s} s"
-    return RequestError(problem, status=429, headers={"Retry-After": str(retry_s)})
+def overloaded(error: OverloadedError) -> RequestError:
+    """The error 429 of what is refused for now."""
+    return RequestError(str(error), status=429, headers={"Retry-After": str(error.retry_after_s)})
+
+
+def unknown_model(name: str, known: Iterable[str]) -> RequestError:
+    """The error 404 of a request for a model that is not served."""
+    problem = f"there is no model {name!r}; there are {', '.join(known)}"
+    return RequestError(problem, "model", status=404, code="model_not_found")
 
 
 def shutting_down() -> RequestError:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.pipeline import TrainedModel
-from ddpm_ray.serving.engine import Engine, EngineSettings
-from ddpm_ray.serving.request_errors import RequestError
+from ddpm_ray.serving.engine import Engine
+from ddpm_ray.serving.engine_settings import EngineSettings
+from ddpm_ray.serving.request_errors import unknown_model
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class LoadedModel:
             "source": self.source,
             "weights_sha256": model.provenance.get("weights_sha256"),
             "size": f"{width}x{height}",
-            "edited_size": "{1}x{0}".format(*model.image_size),
+            "edited_size": f"{model.image_size[1]}x{model.image_size[0]}",
             "channels": channels,
             "takes_text": not edits or has_text,
             "prompt_tokens": takes.tokenizer.length if takes.tokenizer else None,  # more are cut
@@ -120,12 +121,7 @@ class ServedModels:
             name = name or next(iter(self._current))
             found = self._current.get(name)
             if found is None:
-                raise RequestError(
-                    f"there is no model {name!r}; there are {', '.join(self._current)}",
-                    "model",
-                    status=404,
-                    code="model_not_found",
-                )
+                raise unknown_model(name, self._current)
             if source and source != found.source:
                 found = None
         return found or self._of_source(name, source)

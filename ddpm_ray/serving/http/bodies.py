@@ -13,9 +13,10 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from ddpm_ray.serving.image_requests import UPLOADS
 from ddpm_ray.serving.request_errors import RequestError
 
-FILES = ("image", "mask")
+FILES = tuple(dict.fromkeys(name for _, possible in UPLOADS.values() for name in possible))
 MOST_FIELDS = 50
 
 
@@ -25,6 +26,12 @@ class Body(NamedTuple):
     values: dict[str, Any]  # of JSON; or texts, of a form
     files: dict[str, bytes]  # by field: those of FILES
     is_form: bool
+
+
+def announced_bytes(request: Request) -> float:
+    """The length of a body, as its head says; 0 where it says none."""
+    length = request.headers.get("content-length", "")
+    return float(length) if length.isdecimal() else 0.0
 
 
 async def read_body(request: Request, max_bytes: int, max_s: float) -> Body:
@@ -107,8 +114,7 @@ async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
     problem = RequestError(
         f"the body is longer than {max_bytes / 2**20:g} MB, the limit of this server", status=413
     )
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > max_bytes:
+    if announced_bytes(request) > max_bytes:
         raise problem
     size = 0
     try:

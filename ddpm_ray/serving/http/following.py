@@ -58,7 +58,7 @@ class Jobs(Protocol):
         """See JobTable."""
         ...
 
-    async def file(self, secret: str, index: int) -> tuple[bytes, str]:
+    async def file(self, secret: str, name: str) -> bytes:
         """See JobTable."""
         ...
 
@@ -168,7 +168,8 @@ class Followed:
     def leave_soon(self) -> asyncio.Task[None]:
         """Leave it, while the answer is sent.
 
-        Ray Serve cancels the calls of a cancelled request, and knows them by a context variable.
+        The task has a context of its own: Ray Serve cancels all calls of a cancelled request, and
+        finds them by a context variable.
         """
         leaving = asyncio.get_running_loop().create_task(self._leave(), context=Context())
         _leaving.add(leaving)

@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from ddpm_ray.serving.http.access import Access
 from ddpm_ray.serving.http.answers import Answer, sse
-from ddpm_ray.serving.http.bodies import Body, read_body
+from ddpm_ray.serving.http.bodies import Body, announced_bytes, read_body
 from ddpm_ray.serving.http.following import Followed, Jobs, TableLostError, table_lost
 from ddpm_ray.serving.http.schemas import REQUESTS
 from ddpm_ray.serving.image_requests import UPLOADS, of_form, parsed_request
@@ -52,8 +52,7 @@ class HttpServer:
 
         Large ones wait for others: their sum is bounded. Small ones do not, whoever sends slowly.
         """
-        length = request.headers.get("content-length", "")
-        is_small = length.isdecimal() and len(length) < 10 and int(length) <= SMALL_BODY
+        is_small = 0 < announced_bytes(request) <= SMALL_BODY
         async with contextlib.nullcontext() if is_small else self._reading:
             return await read_body(request, self.settings.max_body, self.settings.max_body_s)
 

@@ -12,29 +12,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from ddpm_ray.serving.http.following import TableLostError, patiently
 from ddpm_ray.serving.http.http_server import HttpServer
 from ddpm_ray.serving.http.schemas import chat_tools
-from ddpm_ray.serving.request_errors import RequestError
+from ddpm_ray.serving.request_errors import RequestError, unknown_model
 
 READY_S = 5.0  # the job table answers within this time, or the server is not ready
-PAGE = (
-    "index.html",
-    "page.css",
-    "api.js",
-    "drawing.js",
-    "editor.js",
-    "elements.js",
-    "form.js",
-    "history.js",
-    "image-files.js",
-    "job.js",
-    "margins.js",
-    "models.js",
-    "page.js",
-    "painting.js",
-    "picture.js",
-    "progress.js",
-    "result.js",
-)
 MEDIA = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+FOLDER = resources.files("ddpm_ray.serving.http").joinpath("page")
+PAGE = {file.name for file in FOLDER.iterdir() if file.name.rpartition(".")[2] in MEDIA}
 
 
 def model_routes(server: HttpServer) -> APIRouter:
@@ -51,10 +34,10 @@ def model_routes(server: HttpServer) -> APIRouter:
     async def model(request: Request, name: str) -> Response:
         """One of them."""
         server.client(request)
-        for facts in await patiently(server.jobs.models):
-            if facts["id"] == name:
-                return JSONResponse(facts)
-        raise RequestError(f"there is no model {name!r}", "model", status=404)
+        known = {facts["id"]: facts for facts in await patiently(server.jobs.models)}
+        if name not in known:
+            raise unknown_model(name, known)
+        return JSONResponse(known[name])
 
     @router.get("/v1/tools")
     async def tools(request: Request) -> Response:
@@ -65,13 +48,9 @@ def model_routes(server: HttpServer) -> APIRouter:
     @router.get("/v1/files/{secret}/{name}")
     async def file(secret: str, name: str) -> Response:
         """An image of a finished job; whoever has its URL may read it."""
-        index, _, suffix = name.partition(".")
-        if not index.isdecimal() or len(index) > 4:
-            raise RequestError("there is no such image", status=404)
-        data, made = await patiently(lambda: server.jobs.file(secret, int(index)))
-        if suffix != made:
-            raise RequestError("there is no such image", status=404)
-        return Response(data, media_type=f"image/{made}", headers={"Cache-Control": "private"})
+        data = await patiently(lambda: server.jobs.file(secret, name))
+        kind = name.rpartition(".")[2]
+        return Response(data, media_type=f"image/{kind}", headers={"Cache-Control": "private"})
 
     return router
 
@@ -117,7 +96,7 @@ def page_routes(server: HttpServer) -> APIRouter:
 
 
 def _page_file(name: str) -> Response:
-    text = resources.files("ddpm_ray.serving.http").joinpath("page", name).read_text("utf-8")
+    text = FOLDER.joinpath(name).read_text("utf-8")
     policy = (
         "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
         "base-uri 'none'; form-action 'self'"

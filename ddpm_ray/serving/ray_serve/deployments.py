@@ -17,24 +17,24 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ddpm_ray.serving.http.access import Access
+from ddpm_ray.serving.http.access import LOCAL, Access
 from ddpm_ray.serving.http.app import build_app
 from ddpm_ray.serving.http.http_server import HttpSettings
 from ddpm_ray.serving.job_entry import JobKey
-from ddpm_ray.serving.job_table import JobTable, TableSettings
+from ddpm_ray.serving.job_table import JobTable
 from ddpm_ray.serving.limits import TokenBucket
 from ddpm_ray.serving.orders import Event, ImageOrder, ReplicaLostError
 from ddpm_ray.serving.ray_serve.autoscaling import QUEUED_S
 from ddpm_ray.serving.ray_serve.handles import RemoteDraw, RemoteJobs
 from ddpm_ray.serving.ray_serve.server_setup import ServerSetup, start_log
 from ddpm_ray.serving.request_errors import RequestError
+from ddpm_ray.serving.table_settings import TableSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 MB = 2**20
 UNIT = "megapixels of network calls"
-SWEEP_S = 5.0  # between two looks for jobs that nobody reads
 MODELS_S = 5.0  # the list of models is asked for so often
 
 
@@ -106,18 +106,16 @@ class TableReplica:
         per_s, burst_s = limits.client_megapixels_per_s, limits.client_burst_s
         buckets = {}
         if per_s:
-            names = setup.clients or {"local": ""}
+            names = setup.clients or [LOCAL]
             buckets = {name: TokenBucket(per_s, per_s * burst_s, UNIT) for name in names}
         settings = TableSettings(kept_s=limits.kept_s, kept_bytes=round(limits.kept_mb * MB))
         self._table = JobTable(RemoteDraw(engines), settings, buckets)
         self._engines, self._drain_s = engines, setup.config.drain_s
         self._models: list[dict[str, Any]] = []
         self._asked_s = 0.0
-        self._sweeping: asyncio.Task[None] | None = None
 
     async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "") -> Any:
         """See JobTable."""
-        self._sweeping = self._sweeping or asyncio.create_task(self._sweep())
         return await _returned(self._table.submit(key, order, is_kept, source))
 
     async def report(
@@ -134,9 +132,9 @@ class TableReplica:
         """See JobTable."""
         await self._table.leave(key)
 
-    async def file(self, secret: str, index: int) -> Any:
+    async def file(self, secret: str, name: str) -> Any:
         """See JobTable."""
-        return await _returned(self._table.file(secret, index))
+        return await _returned(self._table.file(secret, name))
 
     async def models(self) -> list[dict[str, Any]]:
         """The models that are served now, or were when a replica last answered."""
@@ -161,11 +159,6 @@ class TableReplica:
     async def __del__(self) -> None:
         """Ray Serve waits for this before it ends the process: jobs may end."""
         await self._table.drain(self._drain_s)
-
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            self._table.sweep()
 
 
 class ApiReplica:

@@ -18,7 +18,7 @@ from ddpm_ray.sampling.cascade import Cascade
 from ddpm_ray.sampling.drawing_model import DrawingModel
 from ddpm_ray.sampling.sampling import Images
 from ddpm_ray.serving.batch_width import profiled_width
-from ddpm_ray.serving.engine import EngineSettings
+from ddpm_ray.serving.engine_settings import EngineSettings
 from ddpm_ray.serving.image_service import ImageService, ServiceSettings
 from ddpm_ray.serving.job_plans import RequestLimits
 from ddpm_ray.serving.ray_serve.server_setup import ServerSetup

@@ -48,9 +48,9 @@ class RemoteJobs:
         """See JobTable."""
         await self._ask("leave", key)
 
-    async def file(self, secret: str, index: int) -> tuple[bytes, str]:
+    async def file(self, secret: str, name: str) -> bytes:
         """See JobTable."""
-        found: tuple[bytes, str] = await self._ask("file", secret, index)
+        found: bytes = await self._ask("file", secret, name)
         return found
 
     async def models(self) -> list[dict[str, Any]]:
