@@ -12,15 +12,16 @@ from typing import Any
 import uvicorn
 
 from ddpm_ray.sampling.drawing_model import DrawingModel
-from ddpm_ray.serving.engine import EngineSettings
+from ddpm_ray.serving.engine_settings import EngineSettings
 from ddpm_ray.serving.http.app import build_app
 from ddpm_ray.serving.http.http_server import HttpSettings
 from ddpm_ray.serving.image_service import ImageService, ServiceSettings
-from ddpm_ray.serving.job_table import JobTable, TableSettings
+from ddpm_ray.serving.job_table import JobTable
 from ddpm_ray.serving.limits import TokenBucket
 from ddpm_ray.serving.order_runner import OrderRunner
 from ddpm_ray.serving.orders import Draw
 from ddpm_ray.serving.served_models import ServedModels
+from ddpm_ray.serving.table_settings import TableSettings
 from tests.limits import ENDS_S
 
 

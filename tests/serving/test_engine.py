@@ -16,7 +16,8 @@ from torch import Tensor
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images
 from ddpm_ray.serving import engine as engine_module
-from ddpm_ray.serving.engine import Engine, EngineSettings
+from ddpm_ray.serving.engine import Engine
+from ddpm_ray.serving.engine_settings import EngineSettings
 from ddpm_ray.serving.engine_task import EngineJob, JobCancelledError
 from tests.limits import ENDS_S
 from tests.sampling.test_cascade import cascade

@@ -29,7 +29,7 @@ MOST_PIXELS = 10_000
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     service = ServiceSettings(requests=RequestLimits(max_pixels=MOST_PIXELS))
-    http = HttpSettings(max_body=2**20, max_body_s=0.5)
+    http = HttpSettings(max_body=4 * 2**20, max_body_s=0.5)
     with local_server(served({"digits": tiny_model()}), http=http, service=service) as (at, _):
         yield at
 
@@ -166,7 +166,7 @@ def test_an_upload_that_is_cut_off_costs_nothing(url: str) -> None:
 
 
 def test_a_full_disk_concerns_no_request(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library of forms would write an upload above 1 MB to a file; this one has 900 kB."""
+    """The library of forms would write an upload above 1 MB to a file; this one has 2 MB."""
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -176,7 +176,7 @@ def test_a_full_disk_concerns_no_request(url: str, monkeypatch: pytest.MonkeyPat
     file = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (80, 80), dtype=np.uint8)
     Image.fromarray(noise).save(file, "PNG")
-    padded = file.getvalue() + bytes(900_000)  # after its end, which readers of PNG skip
+    padded = file.getvalue() + bytes(2_000_000)  # after its end, which readers of PNG skip
     answer = posted(
         f"{url}v1/images/edits",
         files={"image": ("x.png", padded)},

@@ -26,9 +26,9 @@ from ddpm_ray.serving.http.http_server import HttpSettings
 from ddpm_ray.serving.http.schemas import chat_tools
 from ddpm_ray.serving.image_service import ServiceSettings
 from ddpm_ray.serving.job_entry import JobKey
-from ddpm_ray.serving.job_table import TableSettings
 from ddpm_ray.serving.limits import TokenBucket
 from ddpm_ray.serving.orders import Draw, Event, ImageOrder, PreviewFiles, ReplicaLostError
+from ddpm_ray.serving.table_settings import TableSettings
 from tests.limits import ENDS_S
 from tests.serving.counted_model import counted, held
 from tests.serving.local_server import LocalJobs, local_server, served

@@ -203,6 +203,23 @@ def test_too_much_work_is_refused_with_a_time(model: TrainedModel) -> None:
             running.files("png", ENDS_S)
 
 
+def test_a_short_job_passes_a_long_one(model: TrainedModel) -> None:
+    """Each has the time that it takes alone as its allowance."""
+    with served({"digits": model}, width=4) as models:
+        service = ImageService(models)
+        drawn(service, ImageRequest(), steps=20).files("png", ENDS_S)  # the rate is known then
+        held(model)
+        ends: list[str] = []
+        long = drawn(service, ImageRequest(n=8), steps=20)
+        assert counted(model).called.acquire(timeout=ENDS_S)
+        short = drawn(service, ImageRequest(), steps=10)
+        long.job.when_done(lambda: ends.append("long"))
+        short.job.when_done(lambda: ends.append("short"))
+        counted(model).go_on.set()
+        long.files("png", ENDS_S)
+        assert ends == ["short", "long"]
+
+
 def test_a_job_that_takes_too_long_is_an_error(model: TrainedModel) -> None:
     """Also for an idle engine, which takes any other job."""
     with served({"digits": model}) as models:

@@ -1,7 +1,7 @@
 """The job table: jobs that come back, are lost, left, paid for and forgotten."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ddpm_ray.serving.image_requests import ImageRequest
 from ddpm_ray.serving.job_entry import JobKey, JobReport
-from ddpm_ray.serving.job_table import JobTable, TableSettings
+from ddpm_ray.serving.job_table import JobTable
 from ddpm_ray.serving.limits import TokenBucket
 from ddpm_ray.serving.orders import (
     Accepted,
@@ -24,10 +24,12 @@ from ddpm_ray.serving.orders import (
     Unaffordable,
 )
 from ddpm_ray.serving.request_errors import RequestError
+from ddpm_ray.serving.table_settings import TableSettings
 from tests.limits import ENDS_S
+from tests.serving.in_loop import run
 
 BEGUN = JobProgress(0, None, 0, 10)
-ACCEPTED = Accepted("model/3", {"seed": 1}, rows=10, cost=2.0, progress=BEGUN)
+ACCEPTED = Accepted("model/3", {"seed": 1}, cost=2.0, progress=BEGUN)
 PREVIEWS = [PreviewFiles(number, (b"p%d" % number,)) for number in range(3)]
 FINISHED = Finished((b"image", b"other"), computed=10)
 WHOLE: list[Event] = [ACCEPTED, *PREVIEWS, FINISHED]
@@ -49,13 +51,14 @@ class Scripted:
         self.scripts = list(scripts)
         self.asked: list[tuple[ImageOrder, str, float]] = []
         self.closed = 0
-        self.go_on = asyncio.Event()
+        self.go_on, self.begun, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.go_on.set()
 
     async def __call__(
         self, order: ImageOrder, source: str, affordable: float, table: str
     ) -> AsyncGenerator[Event, None]:
         self.asked.append((order, source, affordable))
+        self.begun.set()
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
         try:
             for event in script:
@@ -65,13 +68,7 @@ class Scripted:
                 yield event
         finally:
             self.closed += 1
-
-
-def run(work: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(work(), ENDS_S)
-
-    asyncio.run(bounded())
+            self.ended.set()
 
 
 def order(seed: int = 1, image: bytes | None = None, **fields: Any) -> ImageOrder:
@@ -79,9 +76,7 @@ def order(seed: int = 1, image: bytes | None = None, **fields: Any) -> ImageOrde
 
 
 async def ended(table: JobTable, key: JobKey = KEY) -> JobReport:
-    while (found := await table.report(key, 0, ENDS_S)).state in ("queued", "running"):
-        await asyncio.sleep(0)
-    return found
+    return await table.report(key, 0, ENDS_S, until_end=True)
 
 
 def test_a_client_that_comes_back_reads_the_same_job() -> None:
@@ -168,8 +163,7 @@ def test_a_job_that_nobody_wants_ends_its_work(way: str) -> None:
         table = JobTable(draw, clock=clock)
         await table.submit(KEY, order(), is_kept=way == "cancel")
         draw.go_on.clear()
-        while not draw.asked:
-            await asyncio.sleep(0)
+        await draw.begun.wait()
         if way == "sweep":
             clock.now_s = table.settings.lease_s - 1
             table.sweep()
@@ -178,14 +172,16 @@ def test_a_job_that_nobody_wants_ends_its_work(way: str) -> None:
             table.sweep()
         else:
             await getattr(table, way)(KEY)
-        while not draw.closed:
-            await asyncio.sleep(0)
+        await draw.ended.wait()
         assert table.unfinished == 0
         if way == "cancel":
             assert (await table.report(KEY, 0, 0.0)).state == "cancelled"
             draw.go_on.set()
             await table.submit(KEY, order(), is_kept=True)  # a cancelled job may begin again
             assert (await ended(table)).state == "succeeded"
+            clock.now_s += table.settings.lease_s + 1
+            table.sweep()  # that of the cancelled one is over
+            assert (await table.report(KEY, 0, 0.0)).state == "succeeded"
 
     run(work)
 
@@ -218,13 +214,15 @@ def test_images_by_url_outlive_their_answer_and_are_bounded() -> None:
             secrets.append((await ended(table, key)).secret)
             await table.leave(key)
             clock.now_s += 1
-        assert await table.file(secrets[0], 0)  # its client may read it now
+        table.sweep()
+        assert await table.file(secrets[0], "0.webp")  # its client may read it now
         clock.now_s += table.settings.lease_s
         table.sweep()
-        assert await table.file(secrets[-1], 1) == (b"other", "webp")
-        for secret, index in ((secrets[0], 0), (secrets[-1], 2), ("x", 0)):
+        assert await table.file(secrets[-1], "1.webp") == b"other"
+        wrong = (secrets[0], "0.webp"), (secrets[-1], "2.webp"), (secrets[-1], "1.png"), ("x", "")
+        for secret, name in wrong:
             with pytest.raises(RequestError, match="no such image; images are kept for at most 1"):
-                await table.file(secret, index)
+                await table.file(secret, name)
 
     run(work)
 
@@ -284,39 +282,40 @@ def test_open_jobs_and_their_uploads_are_bounded(
 
 def test_one_job_that_kills_its_replica_fails_alone() -> None:
     """All jobs of a replica are lost with it; a suspected one runs alone until it is done."""
+    arrivals: asyncio.Queue[tuple[int, asyncio.Future[Event]]] = asyncio.Queue()
+    kills: list[bool] = []
+
+    async def draw(
+        order: ImageOrder, source: str, affordable: float, table: str
+    ) -> AsyncGenerator[Event, None]:
+        yield ACCEPTED
+        outcome: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+        arrivals.put_nowait((order.settings["seed"], outcome))
+        yield await outcome
+
+    async def replica(table: JobTable) -> None:
+        """Take all jobs that come; order 0 kills it, and all that are in it are lost."""
+        while True:
+            taken = [await arrivals.get()]
+            while not table._alone.locked() and len(taken) < table.unfinished:
+                taken.append(await arrivals.get())
+            kills.append(0 in dict(taken))
+            for _, outcome in taken:
+                if kills[-1]:
+                    outcome.set_exception(ReplicaLostError("killed"))
+                else:
+                    outcome.set_result(FINISHED)
 
     async def work() -> None:
-        running: set[int] = set()
-        killed = asyncio.Event()
-
-        async def draw(
-            order: ImageOrder, source: str, affordable: float, table: str
-        ) -> AsyncGenerator[Event, None]:
-            nonlocal killed
-            seed = order.settings["seed"]
-            running.add(seed)
-            try:
-                yield ACCEPTED
-                if seed == 0:  # the bad one: all that run now are lost
-                    await asyncio.sleep(0)
-                    mine, killed = killed, asyncio.Event()
-                    mine.set()
-                    raise ReplicaLostError("killed")
-                waiting = asyncio.ensure_future(killed.wait())
-                await asyncio.wait([waiting], timeout=0.02)
-                waiting.cancel()
-                if 0 in running or killed.is_set():
-                    raise ReplicaLostError("killed")
-                yield FINISHED
-            finally:
-                running.discard(seed)
-
         table = JobTable(draw, TableSettings(retry_s=0))
         keys = [("alice", str(seed)) for seed in range(6)]
         for seed, key in enumerate(keys):
             await table.submit(key, order(seed), is_kept=True)
+        running = asyncio.create_task(replica(table))
         states = [(await ended(table, key)).state for key in keys]
         assert states == ["failed", *["succeeded"] * 5]
+        assert sum(kills) == 6  # docs/serving.md
+        running.cancel()
 
     run(work)
 
@@ -326,21 +325,26 @@ def test_jobs_at_once_spend_no_more_than_one_after_the_other() -> None:
 
     async def work() -> None:
         bucket = TokenBucket(per_s=1e-9, burst=10.0, clock=Clock())
+        asked, decides = list[ImageOrder](), asyncio.Event()
 
         async def draw(
             order: ImageOrder, source: str, affordable: float, table: str
         ) -> AsyncGenerator[Event, None]:
-            await asyncio.sleep(0)
+            asked.append(order)
+            await decides.wait()
             if affordable < 4.0:
                 yield Unaffordable(4.0)
                 return
-            yield Accepted("model", {}, rows=1, cost=4.0, progress=BEGUN)
+            yield Accepted("model", {}, cost=4.0, progress=BEGUN)
             yield FINISHED
 
         table = JobTable(draw, buckets={"alice": bucket})
         keys = [("alice", str(number)) for number in range(9)]
         for key in keys:
             await table.submit(key, order(), is_kept=True)
+        await table.report(keys[-1], 0, 0.01)  # all have their turn
+        assert len(asked) == 1
+        decides.set()
         states = [(await ended(table, key)).state for key in keys]
         assert states.count("succeeded") == 2
 
@@ -363,19 +367,19 @@ def test_a_job_of_a_lost_table_goes_on_with_its_weights_and_is_not_paid_twice() 
 def test_a_client_that_leaves_pays_for_what_was_computed() -> None:
     async def work() -> None:
         bucket = TokenBucket(per_s=1e-9, burst=10.0, clock=Clock())
-        waits = asyncio.Event()
+        computing = asyncio.Event()
 
         async def draw(
             order: ImageOrder, source: str, affordable: float, table: str
         ) -> AsyncGenerator[Event, None]:
             yield ACCEPTED
             yield JobProgress(0, 1.0, 4, 10)
-            await waits.wait()
+            computing.set()
+            await asyncio.Event().wait()  # to be cancelled
 
         table = JobTable(draw, buckets={"alice": bucket})
         await table.submit(KEY, order(), is_kept=False)
-        while (await table.report(KEY, 0, ENDS_S)).progress.computed != 4:
-            await asyncio.sleep(0)
+        await computing.wait()
         assert bucket.affordable == pytest.approx(10 - 2.0)
         await table.leave(KEY)
         assert bucket.affordable == pytest.approx(10 - 2.0 * 4 / 10)
@@ -409,6 +413,7 @@ def test_many_jobs_that_have_ended_cost_a_submission_nothing() -> None:
             key = ("alice", str(number))
             await table.submit(key, order(), is_kept=True)
             assert (await ended(table, key)).state == "failed"
+            table.sweep()
         with pytest.raises(RequestError, match="there is no job 200"):
             await table.report(("alice", "200"), 0, 0.0)
         assert (await table.report(("alice", "290"), 0, 0.0)).state == "failed"
@@ -422,8 +427,10 @@ def test_a_table_that_drains_takes_no_job_and_ends_with_those_that_run() -> None
         draw.go_on.clear()
         table = JobTable(draw)
         await table.submit(KEY, order(), is_kept=True)
+        await draw.begun.wait()
         draining = asyncio.create_task(table.drain(ENDS_S))
-        await asyncio.sleep(0)
+        await table.report(KEY, 0, 0.01)  # lets it begin
+        assert table.is_draining
         with pytest.raises(RequestError, match="shutting down") as refused:
             await table.submit(("bob", "job"), order(), is_kept=True)
         assert refused.value.status == 503
@@ -445,7 +452,6 @@ def test_a_table_that_drains_too_long_cuts_jobs_off() -> None:
         (failed,) = (await ended(table)).events
         assert isinstance(failed, Failed)
         assert failed.error.status == 503
-        while not draw.closed:
-            await asyncio.sleep(0)
+        await draw.ended.wait()
 
     run(work)

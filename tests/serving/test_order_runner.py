@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.serving import shared_calls
+from ddpm_ray.serving.engine_task import JobCancelledError
 from ddpm_ray.serving.image_jobs import ImageJob
 from ddpm_ray.serving.image_requests import EditRequest, ImageRequest
 from ddpm_ray.serving.image_service import ImageService, ServiceSettings
@@ -27,6 +28,7 @@ from ddpm_ray.serving.orders import (
 from ddpm_ray.serving.served_models import ServedModels
 from tests.limits import ENDS_S
 from tests.serving.counted_model import counted, held
+from tests.serving.in_loop import released, run
 from tests.serving.local_server import served
 from tests.serving.test_image_service import PIXELS, png
 
@@ -43,13 +45,6 @@ def order(steps: int = 5, **fields: Any) -> ImageOrder:
     return ImageOrder("generation", ImageRequest(**fields), {"seed": 1, "steps": steps})
 
 
-def run(work: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(work(), ENDS_S)
-
-    asyncio.run(bounded())
-
-
 def edit(steps: int = 5) -> ImageOrder:
     request = EditRequest(strength=1.0)
     return ImageOrder("edit", request, {"seed": 1, "steps": steps}, png(PIXELS))
@@ -59,9 +54,17 @@ async def events(runner: OrderRunner, one: ImageOrder, source: str = "") -> list
     return [event async for event in runner.draw(one, source, ANY, "table")]
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    while not holds():
-        await asyncio.sleep(0.002)
+@pytest.fixture
+def cancelled(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once a job has been cancelled."""
+    found, cancel = threading.Event(), ImageJob.cancel
+
+    def noted(job: ImageJob) -> None:
+        cancel(job)
+        found.set()
+
+    monkeypatch.setattr(ImageJob, "cancel", noted)
+    return found
 
 
 @pytest.mark.parametrize("steps, previews", [(9, 3), (2, 2), (1, 1)])
@@ -84,38 +87,45 @@ def test_events_come_in_order(models: ServedModels, steps: int, previews: int) -
 
 
 def test_a_job_that_nobody_waits_for_when_it_begins_is_cancelled(
-    models: ServedModels, model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+    models: ServedModels,
+    model: TrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    cancelled: threading.Event,
 ) -> None:
     """The client leaves while its upload is read, in another thread."""
     reads, go_on = threading.Event(), threading.Event()
-    service, made = ImageService(models), list[tuple[ImageJob, Accepted]]()
+    service, made = ImageService(models), list[ImageJob]()
     start = service.start
 
-    def slow(*given: Any) -> Any:
+    def slow(*given: Any) -> tuple[ImageJob, Accepted]:
         reads.set()
         assert go_on.wait(ENDS_S)
-        made.append(start(*given))
-        return made[0]
+        job, accepted = start(*given)
+        made.append(job)
+        return job, accepted
 
     monkeypatch.setattr(service, "start", slow)
     held(model)
 
     async def work() -> None:
         asking = asyncio.ensure_future(events(OrderRunner(service), edit(20)))
-        await until(reads.is_set)
+        await released(reads)
         asking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asking
         go_on.set()
-        await until(lambda: bool(made) and bool(made[0][0].job._task.stopped_by))
+        await released(cancelled)
         counted(model).go_on.set()
-        await until(lambda: made[0][0].job.done)
+        with pytest.raises(JobCancelledError, match="the job was cancelled"):
+            await asyncio.to_thread(made[0].files, "png", ENDS_S)
         assert len(counted(model).batches) <= 1
 
     run(work)
 
 
-def test_the_orders_of_a_lost_table_are_given_up(models: ServedModels, model: TrainedModel) -> None:
+def test_the_orders_of_a_lost_table_are_given_up(
+    models: ServedModels, model: TrainedModel, cancelled: threading.Event
+) -> None:
     """It cannot close their generators; the first order of its successor does."""
     held(model)
 
@@ -123,10 +133,9 @@ def test_the_orders_of_a_lost_table_are_given_up(models: ServedModels, model: Tr
         runner = OrderRunner(ImageService(models))
         old = runner.draw(order(20), "", ANY, "old")
         assert isinstance(await anext(old), Accepted)
-        await until(lambda: counted(model).called.acquire(blocking=False))
+        await released(counted(model).called)
         rest = asyncio.ensure_future(events(runner, order(2)))
-        engine = models.current[0].engine
-        await until(lambda: any(task.stopped_by for task in engine._running))
+        await released(cancelled)
         counted(model).go_on.set()
         assert isinstance((await rest)[-1], Finished)
         await old.aclose()
@@ -146,14 +155,14 @@ def test_an_accepted_job_finds_room_in_a_busy_replica(
         await events(runner, order(2))  # the rate is known then
         held(model)
         running = asyncio.ensure_future(events(runner, order(20)))
-        await until(lambda: bool(models.current[0].engine._running))
+        await released(counted(model).called)
         (refused,) = await events(runner, order(2))
         assert isinstance(refused, Failed)
         assert refused.error.status == 429
-        moved = asyncio.ensure_future(events(runner, order(2), "digits"))
-        await until(lambda: len(models.current[0].engine._running) == 2)
+        moved = runner.draw(order(2), "digits", ANY, "table")
+        assert isinstance(await anext(moved), Accepted)
         counted(model).go_on.set()
-        assert isinstance((await moved)[-1], Finished)
+        assert isinstance([event async for event in moved][-1], Finished)
         assert isinstance((await running)[-1], Finished)
 
     run(work)
