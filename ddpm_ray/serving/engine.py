@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
 from ddpm_ray.diffusion.conditioning import Conditioning, Network
 from ddpm_ray.serving.engine_settings import EngineSettings
 from ddpm_ray.serving.engine_task import EngineJob, JobCancelledError, Task
+from ddpm_ray.serving.job_turns import JobTurns, Message, Output
 from ddpm_ray.serving.shared_calls import (
     Model,
     NetworkCall,
@@ -38,15 +38,9 @@ from ddpm_ray.serving.shared_calls import (
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# A batch waits so long for its jobs to call again, but not for one that took longer the last time.
-LINGER_S = 0.05
 RATE_DECAY = 0.9  # of the sums whose quotient is the rate, for each batch
 EXIT_S = 30.0  # `close` waits that long for the engine's thread
 CANCELLED, CLOSED = "the job was cancelled", "the engine was closed"
-
-
-Message: TypeAlias = tuple[Task | None, NetworkCall | None]
-"""(task, its call), (task, None) at its end, or (None, None) to wake the engine."""
 
 
 class Engine:
@@ -56,13 +50,14 @@ class Engine:
         self.settings = settings or EngineSettings()
         self.batches = 0  # network calls so far
         self._here = threading.local()  # .task: that of the current thread
-        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._turns = JobTurns()
         self._calls: dict[Task, NetworkCall] = {}  # that wait; of the engine's thread alone
         self._lock = threading.Lock()  # of what follows
         self._queue: list[Task] = []
         self._running: set[Task] = set()
         self._closed = ""  # why; empty: it is open
         self._rows, self._seconds = 0.0, 0.0  # of recent batches
+        self._call_s = 0.0  # the time of the last network call
         self._moved_s = 0.0  # when a job or a network call last began or ended
         self._fault = ""  # why no network call succeeds any longer
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -108,7 +103,7 @@ class Engine:
             task.stopped_by = why
             if queued := task in self._queue:
                 self._queue.remove(task)
-        self._inbox.put((None, None))
+        self._turns.send(Message())
         if queued:
             task.end(JobCancelledError(f"{why} before it began"))
             self._start_tasks()  # it may have been the one that there was no room for
@@ -166,7 +161,7 @@ class Engine:
             queued, self._queue = self._queue, []
             for task in self._running:
                 task.stopped_by = task.stopped_by or why
-        self._inbox.put((None, None))
+        self._turns.send(Message())
         return queued
 
     def _answer(self, network: Network, x_t: Tensor, t: Tensor, inputs: Conditioning) -> Tensor:
@@ -179,7 +174,7 @@ class Engine:
             return network(x_t, t, inputs)
         # A job's first call goes before all others, and so its first preview comes at once.
         deadline_s = task.deadline_s if task.computed else -math.inf
-        self._inbox.put((task, NetworkCall(network, x_t, t, inputs, deadline_s)))
+        self._turns.send(Message(task, NetworkCall(network, x_t, t, inputs, deadline_s)))
         task.go_on.acquire()
         output, task.output = task.output, None
         try:
@@ -193,12 +188,14 @@ class Engine:
     def _start_tasks(self) -> None:
         """Start the jobs that there is room for."""
         while (task := self._next_task()) is not None:
+            self._turns.send(Message(task, begins=True))
             try:
                 threading.Thread(target=self._work, args=(task,), name="job", daemon=True).start()
             except RuntimeError as error:  # the system has no more threads
                 with self._lock:
                     self._running.discard(task)
                 task.end(error)
+                self._turns.send(Message(task))
 
     def _next_task(self) -> Task | None:
         """Take the next job out of the queue; None if there is none, or no room for it."""
@@ -223,16 +220,14 @@ class Engine:
             with self._lock:
                 self._running.discard(task)
                 self._moved_s = time.monotonic()
-            self._inbox.put((task, None))
             self._start_tasks()
+            self._turns.send(Message(task))
 
     def _run(self) -> None:
         """Compute batches until the engine is closed and its jobs have ended."""
         while not self._closed or self._running:
             try:
-                self._read(None if not self._calls else 0.0)
-                while self._read(0.0):  # all that have come meanwhile
-                    pass
+                self._calls |= self._turns.collect(not self._calls, self._call_s)
                 self._end_stopped()
                 if self._calls:
                     self._compute_batch()
@@ -242,53 +237,30 @@ class Engine:
                 for task in self._close(why):
                     task.end(RuntimeError(why))
 
-    def _read(self, timeout_s: float | None) -> Task | None:
-        """Take a message; return its job, None if there was none in time or it had no job."""
-        try:
-            task, call = self._inbox.get(timeout_s != 0, timeout_s or None)
-        except queue.Empty:
-            return None
-        if task is not None and call is not None:
-            self._calls[task] = call
-            if task.resumed_s:
-                task.is_slow = time.monotonic() - task.resumed_s > LINGER_S
-        return task
-
     def _compute_batch(self) -> None:
-        """Compute the most urgent rows, and let their jobs go on, one after the other.
-
-        Jobs that go on at once wait for the interpreter's lock at each operation: 8 jobs took 4 ms
-        for what takes each of them 0.1 ms.
-        """
+        """Compute the most urgent rows, and let their jobs go on."""
         of = {call: task for task, call in self._calls.items()}
         rows = next_batch(of, self.settings.width)
         self._moved_s = begun_s = time.monotonic()
         outputs = outputs_of(rows, self.settings.width if self.settings.exact else None)
         self._moved_s = time.monotonic()
-        took_s = self._moved_s - begun_s
+        self._call_s = self._moved_s - begun_s
         self._fault = self._fault or gpu_fault(outputs)
         with self._lock:
             self.batches += 1
             self._rows = RATE_DECAY * self._rows + sum(one.length for one in rows)
-            self._seconds = RATE_DECAY * self._seconds + took_s
-        until_s = time.monotonic() + LINGER_S
+            self._seconds = RATE_DECAY * self._seconds + self._call_s
+        complete: list[tuple[Task, Output]] = []
         for (call, _, count), output in zip(rows, outputs, strict=True):
-            task, whole = of[call], output
+            task = of[call]
             task.computed += count
             if isinstance(output, Tensor):
                 call.parts.append(output)
                 if call.left:
                     continue
-                whole = call.output()
             del self._calls[task]
-            task.resume(whole)
-            self._await(task, until_s)
-
-    def _await(self, task: Task, until_s: float) -> None:
-        """Read messages until there is one of `task`; not of one that is slow, nor too long."""
-        while not task.is_slow and (left_s := until_s - time.monotonic()) > 0:
-            if self._read(left_s) is task:
-                return
+            complete.append((task, call.output() if isinstance(output, Tensor) else output))
+        self._turns.hand_out(complete)
 
     def _end_stopped(self) -> None:
         """Raise JobCancelledError in the jobs that wait and are to end."""

@@ -33,7 +33,7 @@ class Task:
     computed: int = 0  # rows so far
     stopped_by: str = ""  # why it is to end; empty: it is not
     resumed_s: float = 0.0  # when it last got an output
-    is_slow: bool = False  # whether it then took longer than LINGER_S to call again
+    is_slow: bool = False  # whether it then took longer than LINGER_S (job_turns.py) to call again
 
     @property
     def left(self) -> int:

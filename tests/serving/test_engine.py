@@ -54,10 +54,10 @@ def submitted(engine: Engine, model: TrainedModel, act: Act, **how: Any) -> Engi
     return engine.submit(lambda: act(own), **{"images": 1, "cost": 10, **how})
 
 
-def wait_for_calls(engine: Engine, count: int) -> None:
-    """Wait until so many calls have come while the network is held."""
+def wait_for_messages(engine: Engine, count: int) -> None:
+    """Wait until so many have come while the network is held; a new job's first call is two."""
     ends_s = time.monotonic() + ENDS_S
-    while engine._inbox.qsize() < count:
+    while engine._turns._inbox.qsize() < count:
         assert time.monotonic() < ends_s
         threading.Event().wait(0.001)
 
@@ -94,7 +94,7 @@ def test_a_short_job_joins_and_leaves_while_a_long_one_runs(
     short = submitted(engine, model, lambda m: m.sample(1, steps=2, sampler="dpm_solver_pp"))
     seen: list[int] = []
     short.when_done(lambda: seen.append(long.computed))
-    wait_for_calls(engine, 1)
+    wait_for_messages(engine, 2)
     counted(model).go_on.set()
     short.result(ENDS_S)
     long.result(ENDS_S)
@@ -145,7 +145,9 @@ def test_a_short_job_passes_a_long_one_that_fills_all_batches(model: TrainedMode
             job = submitted(engine, model, act, **size)
             job.when_done(partial(ends.append, name))
             jobs.append(job)
-            wait_for_calls(engine, len(jobs) - 1)
+            if name == "long":
+                assert counted(model).called.acquire(timeout=ENDS_S)
+        wait_for_messages(engine, 2)
         counted(model).go_on.set()
         for job in jobs:
             job.result(ENDS_S)
@@ -183,14 +185,14 @@ def test_the_first_call_of_a_job_goes_before_later_calls_of_others(model: Traine
         other = submitted(engine, model, lambda m: m.sample(1, steps=1))
         assert counted(model).called.acquire(timeout=ENDS_S)
         gate.set()
-        wait_for_calls(engine, 1)
+        wait_for_messages(engine, 1)
         late = submitted(
             engine,
             model,
             lambda m: m.sample(1, steps=2, on_step=lambda *_: seen.append("late")),
             allowance_s=1e4,
         )
-        wait_for_calls(engine, 2)
+        wait_for_messages(engine, 3)
         counted(model).go_on.set()
         for job in (first, other, late):
             job.result(ENDS_S)
@@ -206,7 +208,7 @@ def test_an_error_of_one_job_reaches_that_job_alone(engine: Engine, model: Train
     assert counted(model).called.acquire(timeout=ENDS_S)
     good = submitted(engine, model, lambda m: m.sample(1, steps=6, labels=[1]))
     bad = submitted(engine, model, lambda m: m.sample(1, steps=6, labels=[2]))
-    wait_for_calls(engine, 2)
+    wait_for_messages(engine, 4)
     counted(model).go_on.set()
     first.result(ENDS_S)
     with pytest.raises(ValueError, match="fails with label 2"):
