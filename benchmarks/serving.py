@@ -17,8 +17,8 @@ compared, from the time of the arrival to the image. Peers are `batch`, the rule
 steps` is a batch function with one sampling loop for all requests: those of 5 steps get 50 if one
 in the batch has 50. `equal steps` draws the groups of equal steps of a batch one after the other,
 which wastes no step and has smaller network calls. Goals are ratios to the first.
-`waits`: jobs of one call of a network that sleeps for 2 ms, at width 1, with the arrivals of that
-of 64 seeds whose exact M/D/1 waits are nearest to their mean; S is measured in the same round.
+`waits`: jobs of one call of a network that sleeps for 50 ms, at width 1, with the arrivals of that
+of 64 seeds whose exact M/D/1 waits are nearest to their mean; S is measured in the same jobs.
 `overhead`: 8 jobs of one image against as many calls of the bare network with 8 rows.
 `leaving`: 30 % of the clients leave at a random time; steps that are computed for them afterwards.
 `preview`: network calls that begin between the submission and the first preview of a request, at

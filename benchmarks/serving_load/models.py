@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddpm_ray.assembly import networks
 from ddpm_ray.config.loading import load_config
@@ -12,7 +12,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
-from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning
+from ddpm_ray.diffusion.conditioning import UNCONDITIONAL
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.models.unet import UNet
@@ -39,18 +39,6 @@ def model_of(network: nn.Module, shape: ImageShape) -> TrainedModel:
         network, Parameterization.of("epsilon", NoiseSchedule(schedules.cosine(1000)))
     )
     return TrainedModel(denoiser, shape, provenance={}, settings=DDIM)
-
-
-class FixedTime(nn.Module):
-    """A network whose call takes a fixed time and no CPU."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-
-    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        time.sleep(self.seconds)
-        return x_t
 
 
 def call_s(model: TrainedModel, rows: int, calls: int = 5) -> float:
