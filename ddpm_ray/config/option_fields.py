@@ -259,10 +259,10 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-_NUMBERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+_NUMBERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     int: (_whole, "a whole number"),
     float: (_number, "a number"),
     bool: (_truth, "True or False"),
-    bool | None: (_truth, "True or False"),  # None has been dropped
     str: (_text, "a text"),
 }
+_NUMBERS |= {kind | None: found for kind, found in _NUMBERS.items()}  # None has been dropped

@@ -1,8 +1,8 @@
 """Requests for images: the fields of OpenAI's image API, and those of this server by name.
 
-A field that is not known is refused, never ignored: an image that is drawn without a setting that
-the client believes in is a wrong answer. Settings of the samplers (EXTENSIONS) are checked by the
-model.
+A field that is not known, or has no effect on the images, is refused, never ignored: an image that
+is drawn without a setting that the client believes in is a wrong answer. Settings of the samplers
+(EXTENSIONS) are checked by the model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from ddpm_ray.config.option_fields import arguments, option, out_of_range, shown
 from ddpm_ray.config.reading.nearest import did_you_mean
@@ -22,6 +22,7 @@ MOST_SIDE = 4096  # pixels
 MOST_NAME = 256  # characters of other texts
 MOST_LABELS = 10  # as many as images
 MOST_GUIDANCE = 1000.0
+STRENGTH, RESAMPLES = 0.75, 10  # of an edit that gives none
 EXTENSIONS = (  # of SamplingSettings
     "seed",
     "steps",
@@ -73,16 +74,22 @@ class ImageRequest:
 class EditRequest(ImageRequest):
     """An image is repainted where it is marked, or varied as a whole."""
 
-    strength: float = option(
-        0.75,
-        "share of the noise that is added to an image without a mask, which is then drawn anew",
+    strength: float | None = option(
+        None,
+        "share of the noise that is added to an image without a mask, which is then drawn anew; "
+        f"{STRENGTH} if it is left out",
         above=0,
         at_most=1,
     )
     method: Literal["auto", "conditioned", "repaint", "replacement"] = option(
         "auto", "how marked pixels are repainted; auto: as the model was trained"
     )
-    resamples: int = option(10, "repaint: how often a section is repeated", at_least=1, at_most=20)
+    resamples: int | None = option(
+        None,
+        f"repaint: how often a section is repeated; {RESAMPLES} if it is left out",
+        at_least=1,
+        at_most=20,
+    )
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,8 @@ def _large_settings(settings: Mapping[str, Any]) -> list[str]:
 
 def _is_text(name: str, types: Mapping[str, Any]) -> bool:
     if name in types:
-        return types[name] not in (int, float, bool)
+        kinds = get_args(types[name]) or (types[name],)
+        return not any(kind in (int, float, bool) for kind in kinds)
     return name not in EXTENSIONS or name in _TEXTS
 
 

@@ -9,8 +9,9 @@ import queue
 from dataclasses import dataclass, field
 
 from ddpm_ray.serving.image_jobs import ImageJob, Preview, Previewer
-from ddpm_ray.serving.job_plans import RequestLimits, planned
+from ddpm_ray.serving.job_plans import RequestLimits
 from ddpm_ray.serving.limits import OverloadedError, QueueLimit
+from ddpm_ray.serving.order_plans import planned
 from ddpm_ray.serving.orders import Accepted, ImageOrder
 from ddpm_ray.serving.request_errors import RequestError, overloaded
 from ddpm_ray.serving.served_models import ServedModels

@@ -92,13 +92,40 @@ def test_previews_come_from_the_first_step_on(service: ImageService) -> None:
     assert all(file[:4] == b"\x89PNG" for file in job.files("png", ENDS_S))
 
 
-@pytest.mark.parametrize("method", ["repaint", "replacement"])
-def test_an_edit_keeps_what_is_known(service: ImageService, method: str) -> None:
-    request = EditRequest(method=method, resamples=2, n=2)  # type: ignore[arg-type]
-    job = drawn(service, request, png(PIXELS, KNOWN), steps=4, seed=1)
+@pytest.mark.parametrize(
+    "request_",
+    [EditRequest(method="repaint", resamples=2, n=2), EditRequest(method="replacement", n=2)],
+)
+def test_an_edit_keeps_what_is_known(service: ImageService, request_: EditRequest) -> None:
+    job = drawn(service, request_, png(PIXELS, KNOWN), steps=4, seed=1)
     for file in job.files("png", ENDS_S):
         assert np.array_equal(opened(file)[KNOWN], PIXELS[KNOWN, 0])
     assert job.job.computed == job.rows
+
+
+@pytest.mark.parametrize(
+    "request_, param",
+    [
+        (EditRequest(strength=0.5), "strength"),
+        (EditRequest(method="replacement", resamples=3), "resamples"),
+    ],
+)
+def test_a_field_that_a_mask_makes_void_is_refused(
+    request_: EditRequest, param: str, service: ImageService
+) -> None:
+    with pytest.raises(RequestError, match=f"^{param} is .* has no effect") as refused:
+        drawn(service, request_, png(PIXELS, KNOWN), steps=4)
+    assert (refused.value.param, refused.value.status) == (param, 400)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "unipc"])
+def test_the_facts_of_an_image_are_a_request_for_it(sampler: str, service: ImageService) -> None:
+    job = drawn(service, ImageRequest(), sampler=sampler, steps=4, seed=5)
+    again = drawn(
+        service, ImageRequest(), **{k: v for k, v in job.facts.items() if k in EXTENSIONS}
+    )
+    first, second = (opened(one.files("png", ENDS_S)[0]) for one in (job, again))
+    assert np.array_equal(first, second)
 
 
 def test_an_edit_without_a_mask_varies_the_image(
@@ -160,6 +187,11 @@ WRONG: list[tuple[ImageRequest, dict[str, Any], str, int]] = [
     (ImageRequest(), {"labels": [7]}, "labels", 400),
     (EditRequest(strength=0.001), {}, "strength", 400),
     (VariationRequest(), {}, "model", 400),
+    # without effect
+    (ImageRequest(), {"sampler": "unipc", "eta": 0.5}, "eta", 400),
+    (ImageRequest(), {"guidance_rescale": 0.5}, "guidance_rescale", 400),
+    (EditRequest(resamples=3), {}, "resamples", 400),
+    (EditRequest(method="repaint"), {}, "method", 400),
 ]
 
 

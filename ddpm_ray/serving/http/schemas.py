@@ -66,7 +66,7 @@ def chat_tools() -> list[dict[str, Any]]:
 
 def _field(item: Any, hint: Any, *, has_default: bool = True) -> dict[str, Any]:
     schema = _type(hint) | {"description": item.metadata["doc"]}
-    if has_default:
+    if has_default and item.default is not None:
         schema["default"] = item.default
     for rule, (limit, _) in (item.metadata.get("limits") or {}).items():
         schema[BOUNDS.get(rule, rule)] = limit
