@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from ddpm_ray.serving.image_requests import ImageRequest
 from ddpm_ray.serving.orders import (
@@ -38,6 +38,23 @@ class JobReport:
     events: tuple[Event, ...]
     progress: JobProgress
     secret: str  # in the URLs of its images
+
+
+class Wait(NamedTuple):
+    """The wait for news of a job or, with `until_end`, for its end."""
+
+    timeout_s: float = 0.0
+    until_end: bool = False
+
+
+NO_WAIT = Wait()
+
+
+class Submitted(NamedTuple):
+    """A job that is there, and the identity of the table that has it."""
+
+    table: str
+    report: JobReport
 
 
 @dataclass(eq=False)
@@ -113,9 +130,13 @@ class JobEntry:
         self.changed.set()
         self.changed = asyncio.Event()
 
+    def advance(self, progress: JobProgress) -> None:
+        """Take the progress that the process reports which runs it now."""
+        self.progress = replace(progress, losses=self.losses)
+
     def begin_again(self) -> None:
         """Wait again, as before its first step."""
-        self.progress = NOT_BEGUN
+        self.advance(NOT_BEGUN)
         self.notify()
 
     def files(self) -> dict[str, bytes]:

@@ -16,7 +16,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from ddpm_ray.redaction import counted
-from ddpm_ray.serving.job_entry import TABLE_HEADER, JobEntry, JobKey, JobReport, JobState
+from ddpm_ray.serving.job_entry import (
+    NO_WAIT,
+    TABLE_HEADER,
+    JobEntry,
+    JobKey,
+    JobReport,
+    JobState,
+    Submitted,
+    Wait,
+)
 from ddpm_ray.serving.kept_jobs import KeptJobs
 from ddpm_ray.serving.limits import OverloadedError, TokenBucket
 from ddpm_ray.serving.orders import (
@@ -32,8 +41,8 @@ from ddpm_ray.serving.orders import (
     Unaffordable,
 )
 from ddpm_ray.serving.request_errors import (
-    CANCELLED,
     RequestError,
+    cancelled,
     overloaded,
     server_error,
     shutting_down,
@@ -74,11 +83,14 @@ class JobTable:
         """Jobs that wait or run."""
         return len(self._open)
 
-    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "") -> str:
-        """Begin a job, unless it is there; return the identity of the table. Raises RequestError.
+    async def submit(
+        self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "", wait: Wait = NO_WAIT
+    ) -> Submitted:
+        """Begin a job, unless it is there; return what `report` does from its first event on.
 
-        409 for an id that has another order, 429 and 503 where there is no room. `source` is that
-        of an Accepted of an earlier table, which was lost. A job that has failed begins again.
+        RequestError: 409 for an id that has another order, 429 and 503 where there is no room.
+        `source` is that of an Accepted of an earlier table, which was lost. A job that has failed
+        begins again.
         """
         self._sweeping = self._sweeping or asyncio.create_task(self._sweep_always())
         found = self._open.get(key) or self._ended.get(key)
@@ -87,8 +99,7 @@ class JobTable:
                 raise RequestError(
                     f"job {key[1]} is there with other fields: take another id", "id", status=409
                 )
-            found.seen_s = self._clock()
-            return self.identity
+            return Submitted(self.identity, await self.report(key, 0, *wait))
         self._require_room(order)
         self._ended.forget(key)
         entry = JobEntry(key, order, is_kept, self._clock(), source)
@@ -96,7 +107,7 @@ class JobTable:
         self._uploads += entry.uploads
         self.metrics.submitted(order.kind)
         entry.task = asyncio.create_task(self._run(entry))
-        return self.identity
+        return Submitted(self.identity, await self.report(key, 0, *wait))
 
     async def report(
         self, key: JobKey, first: int, timeout_s: float, until_end: bool = False
@@ -125,7 +136,7 @@ class JobTable:
         """
         entry = self._entry(key)
         if entry.ended_s is None:
-            self._end(entry, _cancelled("the job was cancelled"))
+            self._end(entry, Failed(cancelled("the job was cancelled")))
         else:
             self._ended.forget(key)
         return entry.state
@@ -136,7 +147,7 @@ class JobTable:
         if entry is None or entry.is_kept or entry.has_url:
             return
         if entry.ended_s is None:
-            self._end(entry, _cancelled("the client has left"))
+            self._end(entry, Failed(cancelled("the client has left")))
         self._ended.forget(key)
 
     async def file(self, secret: str, name: str) -> bytes:
@@ -168,7 +179,7 @@ class JobTable:
             if not entry.is_kept and now_s - entry.seen_s > self.settings.lease_s:
                 age_s = now_s - entry.seen_s
                 log.warning("job %s: nobody has read it for %.0f s", entry.key[1], age_s)
-                self._end(entry, _cancelled("the client has left"))
+                self._end(entry, Failed(cancelled("the client has left")))
         self._ended.sweep()
 
     async def _sweep_always(self) -> None:
@@ -197,7 +208,7 @@ class JobTable:
         if entry.ended_s is not None:
             return
         computed = event.computed if isinstance(event, Finished) else entry.progress.computed
-        entry.progress = JobProgress(0, 0.0, computed, entry.progress.rows)
+        entry.advance(JobProgress(0, 0.0, computed, entry.progress.rows))
         if entry.unspent:
             self._buckets[entry.key[0]].charge(-entry.unspent)
         entry.events.append(event)
@@ -249,9 +260,9 @@ class JobTable:
         """Note an event of a job."""
         match event:
             case JobProgress():
-                entry.progress = event
+                entry.advance(event)
             case Accepted(source, _, cost, progress):
-                entry.progress = progress
+                entry.advance(progress)
                 if not any(isinstance(one, Accepted) for one in entry.events):
                     entry.events.append(event)
                 if bucket is not None:
@@ -285,7 +296,3 @@ class JobTable:
         log.warning("job %s: its replica was lost (%s); it runs again", entry.key[1], error)
         entry.begin_again()
         await asyncio.sleep(self.settings.pause_s(entry.losses))
-
-
-def _cancelled(why: str) -> Failed:
-    return Failed(RequestError(why, status=409, code=CANCELLED))

@@ -37,7 +37,7 @@ class JobTurns:
         self._begun_s: dict[Task, float] = {}  # when; jobs whose first call has not come
 
     def send(self, message: Message) -> None:
-        """Tell the engine."""
+        """Put a message into the inbox of the engine."""
         self._inbox.put(message)
 
     def hand_out(self, outputs: Iterable[tuple[Task, Output]]) -> None:

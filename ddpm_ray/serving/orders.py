@@ -46,6 +46,7 @@ class JobProgress:
     seconds_left: float | None
     computed: int  # rows of network calls
     rows: int = 0  # in all; 0: unknown yet
+    losses: int = 0  # processes that ran it and were lost
 
 
 @dataclass(frozen=True)

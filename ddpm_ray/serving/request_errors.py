@@ -60,6 +60,11 @@ def unknown_model(name: str, known: Iterable[str]) -> RequestError:
     return RequestError(problem, "model", status=404, code="model_not_found")
 
 
+def cancelled(why: str) -> RequestError:
+    """The error of a job that was ended before its images were there."""
+    return RequestError(why, status=409, code=CANCELLED)
+
+
 def shutting_down() -> RequestError:
     """The error of a server that takes no more jobs."""
     problem = "the server is shutting down"

@@ -303,6 +303,32 @@ def test_a_mask_drawn_with_the_mouse_repaints_the_painted_pixels_only(
     expect(page.get_by_label("Strength")).to_be_visible()
 
 
+def test_strokes_are_undone_one_by_one(page: Page, server: Server) -> None:
+    """By the button and by Control+Z, also the erasing of all."""
+    opened(page, server)
+    upload(page, KNOWN)
+    page.get_by_label("Brush size").fill("1")
+    undo, canvas = page.get_by_role("button", name="Undo"), page.locator("#canvas")
+    strength = page.get_by_label("Strength")
+    expect(undo).to_have_attribute("aria-disabled", "true")
+    for x, y in ((1, 1), (4, 6), (4, 6)):  # the third changes nothing
+        side = page.evaluate("document.querySelector('#canvas').clientWidth / 8")
+        canvas.click(position={"x": (x + 0.5) * side, "y": (y + 0.5) * side})
+    page.get_by_role("button", name="Clear").click()
+    expect(strength).to_be_visible()
+    undo.click()  # the Clear
+    expect(strength).to_be_hidden()
+    canvas.press("Control+z")  # the second stroke
+    generate(page)
+    result(page)
+    painted = np.zeros((8, 8), bool)
+    painted[1, 1] = True
+    assert np.array_equal(alpha(server.orders[-1].mask or b"") == 0, painted)
+    undo.click()
+    expect(strength).to_be_visible()
+    expect(undo).to_have_attribute("aria-disabled", "true")
+
+
 def test_the_mask_is_painted_and_the_canvas_enlarged_by_keyboard(
     page: Page, server: Server
 ) -> None:
@@ -562,6 +588,26 @@ def test_a_lost_connection_is_taken_up_again(page: Page, server: Server) -> None
     assert len(puts) == 2
     assert len({*puts}) == 1, "the job got another id"
     assert len(server.orders) == 2, "the job was drawn twice"
+
+
+def test_a_job_that_begins_again_says_why(page: Page, server: Server) -> None:
+    """Its bar stays, and a new process loads the model again, in a minute and more."""
+    opened(page, server)
+    server.gate.allow(0)
+    fields = {"type": "progress", "place": 1, "seconds_left": None, "lost_processes": 1}
+    bodies = iter([f"data: {json.dumps(fields)}\n\n"])
+
+    def answered(route: Route) -> None:
+        if (body := next(bodies, None)) is None:
+            return  # it waits
+        route.fulfill(body=body, content_type="text/event-stream")
+
+    page.route("**/events", answered)
+    generate(page)
+    said = "Its process was lost. It begins again: next in the queue"
+    expect(page.locator("#live")).to_have_text(said)
+    page.get_by_role("button", name="Cancel").click()
+    server.gate.open()
 
 
 def test_a_connection_made_again_shows_no_older_preview(page: Page, server: Server) -> None:

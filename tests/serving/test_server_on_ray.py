@@ -212,6 +212,32 @@ def test_killed_processes_lose_no_job_and_a_signal_drains(
 
 
 @pytest.mark.slow
+def test_processes_are_added_and_taken_away_by_the_work_that_waits(
+    start: Callable[..., Served],
+) -> None:
+    """No job is lost by it, and none has other images."""
+    sizes = ("replicas.min=1", "replicas.max=2", "replicas.cpus=0.5")
+    served = start(*sizes, "replicas.target_queued_s=2")
+    wanted = images(served.wait(served.put("alone", LONG)["id"]))
+    assert len(served.processes("engine")) == 1
+    until_s, number = time.monotonic() + JOB_S, 0
+    jobs: list[str] = []
+    while len(served.processes("engine")) < 2:  # more work comes than one process does
+        assert time.monotonic() < until_s
+        jobs += [served.put(f"many-{number}-{n}", LONG)["id"] for n in range(4)]
+        number += 1
+        served.wait(jobs[number])
+    assert all(images(served.wait(job)) == wanted for job in jobs)
+    until_s = time.monotonic() + JOB_S
+    while len(served.processes("engine")) > 1:  # a little work goes on meanwhile
+        assert time.monotonic() < until_s
+        number += 1
+        assert images(served.wait(served.put(f"few-{number}", LONG)["id"])) == wanted
+    text = requests.get(f"{served.url}metrics", timeout=ENDS_S).text
+    assert "ddpm_ray_restarted_jobs_total 0.0" in text
+
+
+@pytest.mark.slow
 def test_twenty_kills_under_load_change_no_image(start: Callable[..., Served]) -> None:
     served = start("replicas.min=2", "replicas.max=2", "replicas.cpus=0.5")
     seeds = range(6)

@@ -106,6 +106,7 @@ def progress_fields(progress: JobProgress) -> dict[str, Any]:
         "seconds_left": None if left is None else round(left, 1),
         "computed_rows": progress.computed,
         "rows": progress.rows or None,
+        "lost_processes": progress.losses,
     }
 
 

@@ -12,7 +12,15 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
-from ddpm_ray.serving.job_entry import TABLE_HEADER, JobKey, JobReport, JobState
+from ddpm_ray.serving.job_entry import (
+    NO_WAIT,
+    TABLE_HEADER,
+    JobKey,
+    JobReport,
+    JobState,
+    Submitted,
+    Wait,
+)
 from ddpm_ray.serving.orders import (
     Accepted,
     Event,
@@ -40,7 +48,9 @@ class TableLostError(Exception):
 class Jobs(Protocol):
     """The job table of a server, in this process or another; all may raise TableLostError."""
 
-    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "") -> str:
+    async def submit(
+        self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "", wait: Wait = NO_WAIT
+    ) -> Submitted:
         """See JobTable."""
         ...
 
@@ -89,14 +99,17 @@ class Followed:
     report: JobReport | None = None
     source: str = ""  # of the weights, once it was accepted
     table: str = ""  # identity of the table that has it
+    _first: JobReport | None = None  # came with the submission, and was not read yet
 
     async def submit(self) -> None:
-        """Begin the job, or find it. Raises RequestError."""
+        """Begin the job, or find it; wait a while for its first event. Raises RequestError.
+
+        With `until_end` it waits for its end: one message to the table for most requests.
+        """
         assert self.order is not None
-        order = self.order
-        self.table = await patiently(
-            lambda: self.jobs.submit(self.key, order, self.is_kept, self.source)
-        )
+        how = self.order, self.is_kept, self.source, Wait(POLL_S, self.until_end)
+        self.table, self._first = await patiently(lambda: self.jobs.submit(self.key, *how))
+        self.next, self.report = 0, None
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield all events of the job until it has ended, with progress between them.
@@ -128,8 +141,10 @@ class Followed:
         ask: Callable[[], Awaitable[JobReport]] = lambda: self.jobs.report(  # noqa: E731
             self.key, self.next, POLL_S, self.until_end
         )
+        report, self._first = self._first, None
         try:
-            report = await (patiently(ask) if self.order is None else ask())
+            if report is None:
+                report = await (patiently(ask) if self.order is None else ask())
         except TableLostError:
             await asyncio.sleep(LOST_S)
             return await self._again()
@@ -147,7 +162,6 @@ class Followed:
     async def _again(self) -> tuple[Event, ...]:
         """Submit it again; there are no events yet."""
         await self.submit()
-        self.next, self.report = 0, None
         return ()
 
     async def first(self, timeout_s: float | None = None) -> None:

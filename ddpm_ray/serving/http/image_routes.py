@@ -29,22 +29,16 @@ def image_routes(server: HttpServer) -> APIRouter:
             client = server.client(request)
             order = order_of(kind, await server.body(request))
             key = client, secrets.token_hex(16)
-            followed = Followed(server.jobs, key, order, is_kept=False)
-            await followed.submit()
+            is_stream = order.request.stream
+            followed = Followed(server.jobs, key, order, is_kept=False, until_end=not is_stream)
             answer = Answer(kind, order.request, "", str(request.base_url))
-            if order.request.stream:
-                try:
-                    await unless_left(request, followed.first())
-                except BaseException:
-                    await followed.leave()
-                    raise
-                return server.streamed(followed, answer)
-            followed.until_end = True
             try:
-                await unless_left(request, _finished(followed, answer))
+                await unless_left(request, _begun(followed, answer))
             except BaseException:
                 await followed.leave()
                 raise
+            if is_stream:
+                return server.streamed(followed, answer)
             followed.leave_soon()
             return JSONResponse(answer.images())
 
@@ -66,8 +60,15 @@ def image_routes(server: HttpServer) -> APIRouter:
     return router
 
 
-async def _finished(followed: Followed, answer: Answer) -> None:
-    """Wait for the images. Raises the RequestError of a job that has failed."""
+async def _begun(followed: Followed, answer: Answer) -> None:
+    """Submit a job, and wait until it was accepted or, with `until_end`, has its images.
+
+    Raises the RequestError of a job that was refused or has failed.
+    """
+    await followed.submit()
+    if not followed.until_end:
+        await followed.first()
+        return
     async with contextlib.aclosing(followed.events()) as events:
         async for event in events:
             answer.note(event)

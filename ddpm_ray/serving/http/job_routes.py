@@ -18,7 +18,6 @@ from ddpm_ray.serving.request_errors import RequestError
 
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 MOST_WAIT_S = 300.0
-FIRST_S = 5.0  # PUT waits so long for the job to be accepted or refused
 NO_EVENTS = 2**31  # number of an event that no job has: a report without events
 
 
@@ -38,9 +37,9 @@ def job_routes(server: HttpServer) -> APIRouter:
             raise RequestError(f"kind is {shown(kind)}; choose from {', '.join(REQUESTS)}", "kind")
         order = order_of(kind, body, f"{client}/{job_id}", is_job=True)
         followed = Followed(server.jobs, (client, job_id), order, is_kept=True)
-        await followed.submit()
+        await unless_left(request, followed.submit())  # it waits for the first event
         answer = Answer(kind, order.request, "", str(request.base_url), is_job=True)
-        await unless_left(request, followed.first(FIRST_S))
+        await followed.first(0.0)
         if order.request.stream:
             return server.streamed(followed, answer)
         return await _job(followed, answer, job_id, 0.0, request)

@@ -114,9 +114,9 @@ class TableReplica:
         self._models: list[dict[str, Any]] = []
         self._asked_s = 0.0
 
-    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "") -> Any:
+    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, *how: Any) -> Any:
         """See JobTable."""
-        return await _returned(self._table.submit(key, order, is_kept, source))
+        return await _returned(self._table.submit(key, order, is_kept, *how))
 
     async def report(
         self, key: JobKey, first: int, timeout_s: float, until_end: bool = False

@@ -10,7 +10,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ddpm_ray.serving.http.following import TableLostError
-from ddpm_ray.serving.job_entry import JobKey, JobReport, JobState
+from ddpm_ray.serving.job_entry import (
+    NO_WAIT,
+    JobKey,
+    JobReport,
+    JobState,
+    Submitted,
+    Wait,
+)
 from ddpm_ray.serving.orders import Event, ImageOrder, ReplicaLostError
 from ddpm_ray.serving.request_errors import RequestError
 
@@ -27,9 +34,11 @@ class RemoteJobs:
     def __init__(self, table: DeploymentHandle) -> None:
         self._table = table
 
-    async def submit(self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "") -> str:
+    async def submit(
+        self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "", wait: Wait = NO_WAIT
+    ) -> Submitted:
         """See JobTable."""
-        found: str = await self._ask("submit", key, order, is_kept, source)
+        found: Submitted = await self._ask("submit", key, order, is_kept, source, wait)
         return found
 
     async def report(

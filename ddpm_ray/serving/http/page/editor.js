@@ -97,6 +97,7 @@ export const editor = {
     find("#image").labels[0].textContent = has ? "Choose another image" : "Choose an image";
     if (!has || kind() === "generation") return;
     for (const id of ["#mask-tools", "#margins", "#canvas-help"]) find(id).hidden = !isEdit;
+    find("#undo").setAttribute("aria-disabled", !this.picture.mask.canUndo);
     find("#frame").classList.toggle("fixed", !isEdit);
     find("#canvas").tabIndex = isEdit ? 0 : -1;
     for (const input of document.querySelectorAll("#margins input")) {
@@ -163,11 +164,11 @@ export const editor = {
     context.translate(picture.margins.left, picture.margins.top);
     context.drawImage(picture.canvas, 0, 0);
     if (kind() !== "edit") return;
-    context.drawImage(picture.overlay, 0, 0);
+    context.drawImage(picture.mask.overlay, 0, 0);
     if (this.cursor === null) return;
     context.fillStyle = BRUSH_COLOURS[tool()];
     const across = picture.canvas.width;
-    for (const at of picture.covered(this.cursor, brushSize())) {
+    for (const at of picture.mask.covered(this.cursor, brushSize())) {
       context.fillRect(at % across, Math.floor(at / across), 1, 1);
     }
   },
@@ -176,7 +177,8 @@ export const editor = {
   moveBrush(to) {
     const from = this.cursor ?? to;
     this.cursor = to;
-    if (this.isPainting) this.picture.paint(from, to, brushSize(), tool() === "brush" ? 1 : 0);
+    if (!this.isPainting) return;
+    this.picture.mask.paint(from, to, brushSize(), tool() === "brush" ? 1 : 0);
   },
 
   /** CSS pixels for a pixel of the picture. */

@@ -14,7 +14,7 @@ export class Job {
 
   /** A job of `count` images. `watch` has functions that are called while it runs:
    *  onAccepted(), onLost() for a connection that is tried again,
-   *  onProgress({place, share, seconds_left}), and onPreview(event). */
+   *  onProgress({place, share, seconds_left, lost_processes}), and onPreview(event). */
   constructor(body, count, watch) {
     Object.assign(this, { body, count, watch });
     const id = [...crypto.getRandomValues(new Uint8Array(16))]

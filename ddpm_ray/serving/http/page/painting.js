@@ -10,7 +10,7 @@ export function listenToPainting() {
   const canvas = find("#canvas");
   listenToPointers(canvas);
   canvas.addEventListener("keydown", (event) => {
-    if (editor.isEditing && useKey(event.key)) event.preventDefault();
+    if (editor.isEditing && (isUndo(event) ? undo() : useKey(event))) event.preventDefault();
   });
   canvas.addEventListener("keyup", (event) => {
     if (event.key === " ") editor.isPainting = false;
@@ -20,10 +20,22 @@ export function listenToPainting() {
     if (editor.isEditing) editor.draw();
   });
   find("#brush-size").addEventListener("input", () => editor.showBrush());
+  find("#undo").addEventListener("click", undo);
   find("#clear-mask").addEventListener("click", () => {
-    editor.picture.clearMask();
+    editor.picture.mask.clear();
     editor.show();
   });
+}
+
+/** Whether a key is that of undoing. */
+const isUndo = ({ key, ctrlKey, metaKey, shiftKey }) =>
+  (ctrlKey || metaKey) && !shiftKey && key.toLowerCase() === "z";
+
+/** Take the last stroke back; return true. */
+function undo() {
+  editor.picture.mask.undo();
+  editor.show();
+  return true;
 }
 
 /** Paint where a pointer is pressed and moved. */
@@ -32,6 +44,7 @@ function listenToPointers(canvas) {
     if (!editor.isEditing || event.button !== 0) return;
     canvas.setPointerCapture(event.pointerId);
     Object.assign(editor, { isPainting: true, cursor: null });
+    editor.picture.mask.begin();
     editor.moveBrush(editor.point(event));
     editor.show();
   });
@@ -56,13 +69,16 @@ function listenToPointers(canvas) {
 }
 
 /** Move or use the brush by a key; return whether the key does so. */
-function useKey(key) {
+function useKey({ key, repeat }) {
   if (key !== " " && !(key in MOVES)) return false;
   const { width, height } = editor.picture.canvas;
   const from = editor.cursor ?? { x: width / 2, y: height / 2 };
   const [right, down] = MOVES[key] ?? [0, 0];
   const inside = (at, side) => Math.min(side - 0.5, Math.max(0.5, Math.floor(at) + 0.5));
-  if (key === " ") editor.isPainting = true;
+  if (key === " " && !repeat) {
+    editor.isPainting = true;
+    editor.picture.mask.begin();
+  }
   editor.cursor = null; // each key paints where the brush arrives
   editor.moveBrush({ x: inside(from.x + right, width), y: inside(from.y + down, height) });
   editor.show();

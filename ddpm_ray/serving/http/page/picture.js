@@ -2,19 +2,18 @@
 
 import { ApiError } from "./api.js";
 import { element } from "./elements.js";
+import { Mask } from "./mask.js";
 
 const MOST_MARGIN = 2048; // pixels
 const MOST_PIXELS = 2 ** 24; // of an image that is edited as it is
 const LARGE = 4; // an image of more times the model's size is scaled down unless asked otherwise
-const MASK_COLOUR = "rgb(235 0 110 / 0.6)";
 
 export class Picture {
   canvas = null; // the image at its scale, on white
-  mask = null; // 1 for each pixel of the canvas that is to be painted
+  mask = null; // the Mask over the canvas
   margins = { left: 0, top: 0, right: 0, bottom: 0 }; // to be painted as well
   scale = "whole"; // or "fit": the shorter side has the model's size
   #isWhole = true; // whether the file can be sent as it is
-  #overlay = null; // MASK_COLOUR where the mask is 1
 
   constructor(blob, bitmap) {
     Object.assign(this, { blob, bitmap });
@@ -37,12 +36,12 @@ export class Picture {
   copy() {
     const { canvas, scale, mask, margins } = this;
     const made = new Picture(this.blob, this.bitmap);
-    Object.assign(made, { canvas, scale, mask: mask.slice(), margins: { ...margins } });
+    Object.assign(made, { canvas, scale, mask: mask.copy(), margins: { ...margins } });
     made.#isWhole = this.#isWhole;
     return made;
   }
 
-  /** Draw the image at a scale; then the mask is 1 where the file is transparent. */
+  /** Draw the image at a scale; then the mask marks what is transparent in the file. */
   render(scale, modelSize) {
     const { bitmap } = this;
     const [width, height] = scale === "fit" ? this.fitSize(modelSize)
@@ -52,18 +51,17 @@ export class Picture {
     context.imageSmoothingQuality = "high";
     context.drawImage(bitmap, 0, 0, width, height);
     const { data } = context.getImageData(0, 0, width, height);
-    const mask = new Uint8Array(width * height);
+    const marked = new Uint8Array(width * height);
     let isOpaque = true;
-    for (let at = 0; at < mask.length; at += 1) {
-      mask[at] = data[4 * at + 3] === 0 ? 1 : 0;
+    for (let at = 0; at < marked.length; at += 1) {
+      marked[at] = data[4 * at + 3] === 0 ? 1 : 0;
       isOpaque &&= data[4 * at + 3] === 255;
     }
     context.globalCompositeOperation = "destination-over"; // as the server does: on white
     context.fillStyle = "#fff";
     context.fillRect(0, 0, width, height);
-    Object.assign(this, { canvas, scale, mask });
+    Object.assign(this, { canvas, scale, mask: new Mask(width, height, marked) });
     this.#isWhole = scale === "whole" && isOpaque;
-    this.#overlay = null;
   }
 
   /** Whether the file is small enough to be edited at its own size. */
@@ -98,72 +96,7 @@ export class Picture {
 
   /** Whether something is to be painted. */
   get isMarked() {
-    return this.hasMargins || this.mask.includes(1);
-  }
-
-  /** The mask as an image. */
-  get overlay() {
-    this.#overlay ??= this.#stencil(MASK_COLOUR);
-    return this.#overlay;
-  }
-
-  clearMask() {
-    this.mask.fill(0);
-    this.#overlay = null;
-  }
-
-  /** Set the mask to `value` along a line that is `width` pixels wide. */
-  paint(from, to, width, value) {
-    const spacing = Math.max(0.5, width / 8);
-    const steps = Math.max(1, Math.ceil(Math.hypot(to.x - from.x, to.y - from.y) / spacing));
-    for (let step = 0; step <= steps; step += 1) {
-      const x = from.x + ((to.x - from.x) * step) / steps;
-      const y = from.y + ((to.y - from.y) * step) / steps;
-      for (const at of this.covered({ x, y }, width)) {
-        if (this.mask[at] !== value) this.#mark(at, value);
-      }
-    }
-  }
-
-  /** The numbers, by rows, of the pixels in a circle of a diameter: at least that at its middle. */
-  covered({ x, y }, diameter) {
-    const { width, height } = this.canvas;
-    const radius = diameter / 2;
-    const inside = (i, j) => Math.hypot(i + 0.5 - x, j + 0.5 - y) <= radius
-      || (i === Math.floor(x) && j === Math.floor(y));
-    const first = (at) => Math.max(0, Math.floor(at - radius));
-    const found = [];
-    for (let j = first(y); j < Math.min(height, y + radius + 1); j += 1) {
-      for (let i = first(x); i < Math.min(width, x + radius + 1); i += 1) {
-        if (inside(i, j)) found.push(j * width + i);
-      }
-    }
-    return found;
-  }
-
-  /** Set a pixel of the mask and of the overlay, which is not drawn anew for every stroke. */
-  #mark(at, value) {
-    const { width } = this.canvas;
-    const context = this.overlay.getContext("2d");
-    const pixel = [at % width, Math.floor(at / width), 1, 1];
-    this.mask[at] = value;
-    if (value) context.fillRect(...pixel);
-    else context.clearRect(...pixel);
-  }
-
-  /** A canvas with a colour where the mask is 1. */
-  #stencil(colour) {
-    const { width, height } = this.canvas;
-    const known = new ImageData(width, height);
-    this.mask.forEach((value, at) => { known.data[4 * at + 3] = value ? 0 : 255; });
-    const made = element("canvas", { width, height });
-    const context = made.getContext("2d");
-    context.putImageData(known, 0, 0);
-    context.globalCompositeOperation = "source-out";
-    context.fillStyle = colour;
-    context.fillRect(0, 0, width, height);
-    context.globalCompositeOperation = "source-over"; // #mark goes on in this colour
-    return made;
+    return this.hasMargins || !this.mask.isEmpty;
   }
 
   /** The files of an edit: the image, and a mask where one is needed. Throws ApiError. */
@@ -180,7 +113,7 @@ export class Picture {
     const context = made.getContext("2d");
     context.drawImage(this.canvas, left, top);
     context.globalCompositeOperation = "destination-out";
-    context.drawImage(this.#stencil("#000"), left, top);
+    context.drawImage(this.mask.stencil("#000"), left, top);
     return made;
   }
 

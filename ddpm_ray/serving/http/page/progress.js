@@ -33,15 +33,16 @@ export function showState(text) {
 }
 
 /** Show how far a job is: its place in the queue (0: it runs), the share of its work that is done,
- *  and the seconds that are left, or null. */
-export function showProgress({ place, share, seconds_left: left }) {
+ *  the seconds that are left, or null, and the number of processes that ran it and were lost. */
+export function showProgress({ place, share, seconds_left: left, lost_processes: lost }) {
   const time = left === null ? "" : ` \u00b7 about ${duration(left)} left`;
   if (place === 0) {
     find("#progress").value = share;
     find("#running-text").textContent = `${Math.round(share * 100)} %${time}`;
     return;
   }
-  const text = place > 1 ? `Place ${place} in the queue` : "Next in the queue";
+  const waiting = place > 1 ? `Place ${place} in the queue` : "Next in the queue";
+  const text = lost > 0 ? `Its process was lost. It begins again: ${waiting.toLowerCase()}` : waiting;
   showState(text + time);
   if (find("#live").textContent !== text) announce(text); // a place is said once
 }
