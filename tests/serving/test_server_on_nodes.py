@@ -1,6 +1,7 @@
 """`serve deploy` on a cluster of several nodes, one of which is lost; and an update."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,15 @@ def _machine_can() -> None:
         pytest.skip(why)
 
 
-def ask(nodes: Nodes, method: str, path: str, body: Any = None, status: int = 200) -> Any:
-    """The JSON of an answer with that status, to a client on the head."""
+def answer(nodes: Nodes, method: str, path: str, body: Any = None, status: int = 200) -> str:
+    """The text of an answer with that status, to a client on the head."""
     words = [method, path, str(status), json.dumps(body)]
-    return json.loads(nodes.head.run("python", "-c", CLIENT, *words, timeout_s=2 * ENDS_S))
+    return nodes.head.run("python", "-c", CLIENT, *words, timeout_s=2 * ENDS_S)
+
+
+def ask(nodes: Nodes, *request: Any) -> Any:
+    """The same, of JSON."""
+    return json.loads(answer(nodes, *request))
 
 
 def images(nodes: Nodes, job: str) -> list[str]:
@@ -91,6 +97,9 @@ def test_a_lost_node_loses_no_job_and_an_update_is_taken(tmp_path: Path) -> None
             ask(nodes, "PUT", f"v1/jobs/{job}", LONG, 202)
         nodes.at("10.77.0.2").kill("raylet")
         assert all(images(nodes, job) == wanted for job in jobs)
+        assert not re.search(
+            "^ddpm_ray_restarted_jobs_total 0", answer(nodes, "GET", "metrics"), re.M
+        )
         nodes.rejoin("10.77.0.2")
         deploy(nodes, run, *sizes, "limits.max_steps=9")
         error = ask(nodes, "POST", "v1/images/generations", {"steps": 10}, 400)["error"]
