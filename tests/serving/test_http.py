@@ -7,6 +7,8 @@ import json
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, TypeVar
 
@@ -189,25 +191,23 @@ def test_a_form_that_cannot_be_used_is_refused(
     assert problem in answer.json()["error"]["message"]
 
 
-MOST_BODY = 4_000_000  # more than the buffers of a connection hold
-
-
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_client_that_sends_a_body_that_is_too_long_gets_an_answer(
     model: TrainedModel, announced: bool
 ) -> None:
-    """Also one that reads the answer only once it has sent all."""
-    body = b"x" * (3 * MOST_BODY)
-    http = HttpSettings(max_body=MOST_BODY)
-    with local_server(served({"digits": model}), http=http) as (url, _):
-        answer = requests.post(
+    """Also one that reads only once it has sent all, as urllib does."""
+    most = 4_000_000  # more than the buffers of a connection hold
+    body = b"x" * (3 * most)
+    with local_server(served({"digits": model}), http=HttpSettings(max_body=most)) as (url, _):
+        request = urllib.request.Request(
             f"{url}v1/images/generations",
-            data=body if announced else iter([body[:MOST_BODY], body[MOST_BODY:]]),
+            data=body if announced else iter([body[:most], body[most:]]),
             headers={"Content-Type": "application/json"},
-            timeout=ENDS_S,
         )
-        assert answer.status_code == 413
-        assert "longer than 3.8147 MB" in answer.json()["error"]["message"]
+        with pytest.raises(urllib.error.HTTPError, match="413") as refused:
+            urllib.request.urlopen(request, timeout=ENDS_S)
+        with refused.value as answer:
+            assert "longer than 3.8147 MB" in json.load(answer)["error"]["message"]
 
 
 def test_a_job_is_the_same_for_a_client_that_comes_back(url: str, model: TrainedModel) -> None:
@@ -277,6 +277,31 @@ def test_a_client_that_never_reads_holds_nothing_up(
         wait_until(lambda: 'kind="edit",state="succeeded"' in jobs.metrics.text())
         assert client.images.generate(prompt="", extra_body=SETTINGS).data
     assert jobs.metrics.text().count('submitted_jobs_total{kind="edit"} 1.0') == 1
+
+
+class Counts:
+    """Jobs that note the names of the methods that are asked for."""
+
+    def __init__(self, jobs: LocalJobs, calls: list[str]) -> None:
+        self._jobs, self._calls = jobs, calls
+
+    def __getattr__(self, name: str) -> Any:
+        self._calls.append(name)
+        return getattr(self._jobs, name)
+
+
+def test_a_request_that_waits_for_its_images_takes_one_message_to_the_table(
+    model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Ray a message costs 3 ms of CPU, as much as a network call of a small model."""
+    calls: list[str] = []
+    monkeypatch.setattr(
+        "tests.serving.local_server.build_app",
+        lambda jobs, http: build_app(Counts(jobs, calls), http),
+    )
+    with local_server(served({"digits": model})) as (url, _):
+        assert requests.post(f"{url}v1/images/generations", json=SETTINGS, timeout=ENDS_S).ok
+        assert calls == ["submit"]
 
 
 class Forgets:

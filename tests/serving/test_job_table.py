@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray.serving.image_requests import ImageRequest
-from ddpm_ray.serving.job_entry import JobKey, JobReport
+from ddpm_ray.serving.job_entry import JobKey, JobReport, Wait
 from ddpm_ray.serving.job_table import JobTable
 from ddpm_ray.serving.limits import TokenBucket
 from ddpm_ray.serving.orders import (
@@ -200,6 +200,23 @@ def test_a_kept_job_needs_no_reader() -> None:
         table.sweep()
         with pytest.raises(RequestError, match="there is no job job"):
             await table.report(KEY, 0, 0.0)
+
+    run(work)
+
+
+def test_a_job_that_nobody_can_come_back_to_is_forgotten_after_its_answer() -> None:
+    async def work() -> None:
+        clock = Clock()
+        table = JobTable(Scripted(WHOLE), clock=clock)
+        kept = ("alice", "kept")
+        for key in (KEY, kept):
+            submitted = await table.submit(key, order(), key is kept, "", Wait(ENDS_S, True))
+            assert submitted.report.state == "succeeded"  # with one message
+        clock.now_s = table.settings.lease_s + 1
+        table.sweep()
+        with pytest.raises(RequestError, match="there is no job job"):
+            await table.report(KEY, 0, 0.0)
+        assert (await table.report(kept, 0, 0.0)).state == "succeeded"
 
     run(work)
 

@@ -177,18 +177,12 @@ class Followed:
 
     async def leave(self) -> None:
         """The request no longer follows it: a job that is not kept ends, and is forgotten."""
-        await asyncio.shield(self.leave_soon())
-
-    def leave_soon(self) -> asyncio.Task[None]:
-        """Leave it, while the answer is sent.
-
-        The task has a context of its own: Ray Serve cancels all calls of a cancelled request, and
-        finds them by a context variable.
-        """
+        # In a context of its own: Ray Serve cancels all calls of a cancelled request, and finds
+        # them by a context variable.
         leaving = asyncio.get_running_loop().create_task(self._leave(), context=Context())
         _leaving.add(leaving)
         leaving.add_done_callback(_leaving.discard)
-        return leaving
+        await asyncio.shield(leaving)
 
     async def _leave(self) -> None:
         with contextlib.suppress(RequestError, TableLostError):

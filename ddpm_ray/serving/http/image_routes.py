@@ -39,7 +39,6 @@ def image_routes(server: HttpServer) -> APIRouter:
                 raise
             if is_stream:
                 return server.streamed(followed, answer)
-            followed.leave_soon()
             return JSONResponse(answer.images())
 
         schema = request_schema(kind)

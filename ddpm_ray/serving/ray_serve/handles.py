@@ -18,7 +18,7 @@ from ddpm_ray.serving.job_entry import (
     Submitted,
     Wait,
 )
-from ddpm_ray.serving.orders import Event, ImageOrder, ReplicaLostError
+from ddpm_ray.serving.orders import Event, Failed, Finished, ImageOrder, ReplicaLostError
 from ddpm_ray.serving.request_errors import RequestError
 
 T = TypeVar("T")
@@ -100,17 +100,20 @@ class RemoteDraw:
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of an order; raises ReplicaLostError."""
         events = self._engines.draw.remote(order, source, affordable, table)
+        ended = False
         try:
             async for event in events:
                 if isinstance(event, ReplicaLostError):
                     raise event
+                ended = isinstance(event, Finished | Failed)
                 yield event
         except RayTaskError:
             raise
         except (RayError, RayServeException) as error:
             raise ReplicaLostError(_first_line(error)) from error
         finally:
-            events.cancel()
+            if not ended:
+                events.cancel()
 
 
 def _first_line(error: Exception) -> str:
