@@ -57,7 +57,7 @@ def submitted(engine: Engine, model: TrainedModel, act: Act, **how: Any) -> Engi
 def wait_for_messages(engine: Engine, count: int) -> None:
     """Wait until so many have come while the network is held; a new job's first call is two."""
     ends_s = time.monotonic() + ENDS_S
-    while engine._turns._inbox.qsize() < count:
+    while len(engine._turns._inbox) < count:
         assert time.monotonic() < ends_s
         threading.Event().wait(0.001)
 

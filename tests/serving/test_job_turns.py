@@ -33,7 +33,7 @@ def test_the_first_call_of_a_job_that_begins_is_waited_for(monkeypatch: pytest.M
 
     def begin() -> None:
         ends_s = time.monotonic() + ENDS_S
-        while new not in turns._begun_s:  # `collect` has read that it begins
+        while new not in turns._awaited:  # `collect` has read that it begins
             assert time.monotonic() < ends_s
         turns.send(Message(new, call()))
 
@@ -41,6 +41,46 @@ def test_the_first_call_of_a_job_that_begins_is_waited_for(monkeypatch: pytest.M
     thread.start()
     assert set(turns.collect(idle=False, call_s=ENDS_S)) == {old, new}
     thread.join(ENDS_S)
+
+
+def test_jobs_go_on_one_after_the_other_and_the_last_one_wakes_the_engine() -> None:
+    turns, jobs = JobTurns(), [task() for _ in range(3)]
+    for job in jobs:
+        job.go_on.acquire()
+    turns.hand_out((job, torch.zeros(1)) for job in jobs)
+    for number, job in enumerate(jobs):
+        assert [not one.go_on.locked() for one in jobs] == [n == number for n in range(3)]
+        assert turns._wakes.empty()
+        job.go_on.acquire(blocking=False)  # it goes on
+        turns.send(Message(job, call()))
+    assert turns._wakes.qsize() == 1
+    assert set(turns.collect(idle=True, call_s=0.0)) == {*jobs}
+
+
+def test_a_slow_job_holds_up_no_other() -> None:
+    """One that was slow the last time goes on at once, and is not waited for."""
+    turns, slow, quick = JobTurns(), task(), task()
+    slow.is_slow = True
+    for job in (slow, quick):
+        job.go_on.acquire()
+    turns.hand_out([(slow, torch.zeros(1)), (quick, torch.zeros(1))])
+    assert not slow.go_on.locked()
+    assert not quick.go_on.locked()
+    turns.send(Message(quick, call()))
+    assert set(turns.collect(idle=False, call_s=0.0)) == {quick}
+
+
+def test_jobs_behind_one_that_is_slow_for_the_first_time_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job_turns, "LINGER_S", 0.0)
+    turns, slow, behind = JobTurns(), task(), task()
+    for job in (slow, behind):
+        job.go_on.acquire()
+    turns.hand_out([(slow, torch.zeros(1)), (behind, torch.zeros(1))])
+    assert behind.go_on.locked()
+    assert turns.collect(idle=False, call_s=0.0) == {}
+    assert not behind.go_on.locked()
 
 
 @pytest.mark.parametrize("ends", [True, False])
