@@ -1,8 +1,8 @@
 """Our server under load: against request batching, bare network calls and queueing theory.
 
     python -m benchmarks.serving [--rounds 3] [--seconds 10] [--models digits mnist]
-                                 [--parts arrivals waits overhead leaving preview overload]
-    flock RAY_LOCK python -m benchmarks.serving --parts ray
+                                 [--parts arrivals waits overhead leaving preview]
+    python -m benchmarks.serving --parts overload ray   (each on a Ray of its own)
 
 Models have the sizes of conf/train/digits.yaml and mnist.yaml, random weights and no classes, draw
 by DDIM with eta 0, and compute in one thread. Requests come at the times of a Poisson process,
@@ -23,8 +23,8 @@ of 64 seeds whose exact M/D/1 waits are nearest to their mean; S is measured in 
 `leaving`: 30 % of the clients leave at a random time; steps that are computed for them afterwards.
 `preview`: network calls that begin between the submission and the first preview of a request, at
 0.8 of our saturation.
-`overload`: the server in a process of its own, over HTTP: 10 x its saturation, for --seconds, after
-1.2 x (full load). Its queue takes 5 s of work, and is full after 25 s at 1.2 x: give --seconds 30.
+`overload`: the job serve, over HTTP: 10 x its saturation, for --seconds, after 1.2 x (full load).
+Its queue takes 5 s of work, and is full after 25 s at 1.2 x: give --seconds 30.
 `ray`: our server and a deployment with @serve.batch, on one local Ray, over HTTP.
 """
 
@@ -64,7 +64,7 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    usual = [name for name in PARTS if name != "ray"]
+    usual = [name for name in PARTS if name not in ("overload", "ray")]
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10, help="of arrivals, each contestant's")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))

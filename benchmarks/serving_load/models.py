@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ddpm_ray.assembly import networks
-from ddpm_ray.config.loading import load_config
+from ddpm_ray.assembly import networks, training_run
+from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
@@ -18,9 +18,11 @@ from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.training.checkpoints import CheckpointStore
 
 CONFIGS = Path(__file__).parents[2] / "conf/train"
 SHAPES = {"digits": ImageShape(8, 8, 1), "mnist": ImageShape(28, 28, 1)}
+OPTIONS = ("model.num_classes=0", "sampling.sampler=ddim", "sampling.eta=0")
 DDIM = SamplingSettings(sampler="ddim", eta=0.0)
 
 
@@ -32,6 +34,19 @@ def drawing_model(name: str) -> TrainedModel:
     assert isinstance(network, UNet)
     nn.init.normal_(network.conv_out.weight, std=0.1)  # new networks predict 0
     return model_of(network.eval(), SHAPES[name])
+
+
+def untrained_run(name: str, folder: Path) -> str:
+    """The folder of a run of conf/train/NAME.yaml that was saved at step 0."""
+    config = load_config(RunConfig, str(CONFIGS / f"{name}.yaml"), list(OPTIONS))
+    facts = {
+        "config": to_dict(config),
+        "image_shape": [*SHAPES[name]],
+        "data_fingerprint": "",
+    }
+    state = training_run.training_state(config, SHAPES[name], torch.device("cpu"), facts)
+    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
+    return str(folder)
 
 
 def model_of(network: nn.Module, shape: ImageShape) -> TrainedModel:

@@ -1,72 +1,65 @@
-"""The server at 10 times its saturation, over HTTP; the server is a process of its own."""
+"""The job serve at 10 times its saturation, over HTTP, on a Ray of its own."""
 
 import asyncio
 import contextlib
-import os
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from benchmarks.serving_load.contestants import WIDTH
 from benchmarks.serving_load.http_client import HttpAnswer, closed_loop, open_loop
-from benchmarks.serving_load.models import drawing_model
+from benchmarks.serving_load.models import untrained_run
 from benchmarks.serving_load.table import Row, percentile
 from benchmarks.serving_load.traffic import Arrival, backlog, poisson_trace
-from ddpm_ray.serving.image_service import ServiceSettings
-from tests.serving.local_server import local_server, served
 
-PATH = "v1/images/generations"
+PORT = 18_601
 QUEUED_S = 5.0  # of accepted work: the server refuses more
 FULL, OVER = 1.2, 10.0  # offered requests, by the saturation
 CLIENTS = WIDTH  # with which the saturation is measured
-START_S = 120.0
 
 
-def serve(name: str, url_file: Path) -> None:
-    """Serve a model until the standard input ends; write the URL to a file."""
-    torch.set_num_threads(1)
-    models = served({name: drawing_model(name)}, width=WIDTH)
-    with local_server(models, service=ServiceSettings(max_queued_s=QUEUED_S)) as (url, _):
-        url_file.write_text(url)
-        sys.stdin.read()
+class Server:
+    """The job serve on a Ray of its own."""
+
+    def __init__(self, url: str, process: psutil.Process) -> None:
+        self.url, self._process = url + "v1/images/generations", process
+
+    @property
+    def megabytes(self) -> float:
+        """Resident memory of all processes of its deployments."""
+        mine = self._process.children(recursive=True)
+        ours = [one for one in mine if "ServeReplica" in " ".join(one.cmdline())]
+        return float(sum(one.memory_info().rss for one in ours)) / 1e6
 
 
 @contextlib.contextmanager
-def server_process(name: str) -> Iterator[tuple[str, psutil.Process]]:
-    """The URL and process of a server."""
+def started(name: str) -> Iterator[Server]:
+    """A server of an untrained model, until the end of the context."""
     with tempfile.TemporaryDirectory() as folder:
-        url_file = Path(folder) / "url"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.serving_load.overload_part",
-            name,
-            str(url_file),
-        ]
-        threads = {"OMP_NUM_THREADS": "1"}
+        run = untrained_run(name, Path(folder) / name)
+        options = [f"port={PORT}", f"batch.width={WIDTH}", f"limits.max_queued_s={QUEUED_S:g}"]
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            env=os.environ | threads,
+            [sys.executable, "jobs/serve.py", run, *options, "drain_s=1"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
             cwd=Path(__file__).parents[2],
         )
+        assert process.stderr is not None
         try:
-            until_s = time.monotonic() + START_S
-            while not (url_file.exists() and url_file.read_text()):
-                if process.poll() is not None or time.monotonic() > until_s:
-                    raise RuntimeError("the server did not start")
-                time.sleep(0.1)
-            yield url_file.read_text(), psutil.Process(process.pid)
+            if not any("is ready, for" in line for line in process.stderr):
+                raise RuntimeError("the server did not start")
+            reader = threading.Thread(target=process.stderr.read, daemon=True)
+            reader.start()
+            yield Server(f"http://127.0.0.1:{PORT}/", psutil.Process(process.pid))
         finally:
-            assert process.stdin is not None
-            process.stdin.close()
+            process.terminate()
             process.wait(60)
 
 
@@ -91,26 +84,25 @@ class Overload:
         return [one for _, one in self.over if one.status != 200]
 
 
-def overloaded(url: str, process: psutil.Process, seconds: float, seed: int) -> Overload:
+def overloaded(server: Server, seconds: float, seed: int) -> Overload:
     """Measure the saturation, then the answers at full load, then those at overload."""
-    url += PATH
-    asyncio.run(closed_loop(url, backlog(CLIENTS, seed), CLIENTS))
+    asyncio.run(closed_loop(server.url, backlog(CLIENTS, seed), CLIENTS))
     count = 6 * CLIENTS
-    rate = asyncio.run(closed_loop(url, backlog(count, seed), CLIENTS))
+    rate = asyncio.run(closed_loop(server.url, backlog(count, seed), CLIENTS))
 
     def answers(load: float) -> list[tuple[Arrival, HttpAnswer]]:
         trace = poisson_trace(load * rate, seconds + QUEUED_S, seed)
-        found = asyncio.run(open_loop(url, trace))
+        found = asyncio.run(open_loop(server.url, trace))
         return [pair for pair in found if pair[0].at_s > QUEUED_S]
 
-    full, before = answers(FULL), process.memory_info().rss / 1e6
-    return Overload(rate, full, answers(OVER), [before, process.memory_info().rss / 1e6])
+    full, before = answers(FULL), server.megabytes
+    return Overload(rate, full, answers(OVER), [before, server.megabytes])
 
 
 def overload_rows(name: str, rounds: int, seconds: float) -> list[Row]:
     """Refusals, memory and the latency of accepted requests at 10 times the saturation."""
-    with server_process(name) as (url, process):
-        found = [overloaded(url, process, seconds, number) for number in range(rounds)]
+    with started(name) as server:
+        found = [overloaded(server, seconds, number) for number in range(rounds)]
     wrong = [
         100.0
         * sum(o.status != 429 or "retry-after" not in o.headers for o in one.refusals)
@@ -145,7 +137,3 @@ def overload_rows(name: str, rounds: int, seconds: float) -> list[Row]:
         Row("  before", [one.megabytes[0] for one in found], unit="MB"),
         Row("  after", [one.megabytes[1] for one in found], unit="MB"),
     ]
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]))

@@ -19,23 +19,19 @@ from starlette.requests import Request
 
 from benchmarks.serving_load.contestants import BATCH_WAIT_S, WIDTH, drawn_together, grouped
 from benchmarks.serving_load.http_client import closed_loop, open_loop
-from benchmarks.serving_load.models import CONFIGS, SHAPES
+from benchmarks.serving_load.models import untrained_run
 from benchmarks.serving_load.table import Row, percentile
 from benchmarks.serving_load.traffic import Arrival, backlog, offered_trace
-from ddpm_ray.assembly import checkpoint_loading, training_run
+from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.config.jobs.serve import BatchConfig, LimitsConfig, ServeConfig
-from ddpm_ray.config.loading import load_config, to_dict
-from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed.connection import connect
 from ddpm_ray.serving.image_files import encoded_image
 from ddpm_ray.serving.ray_serve.server import drain_server, start_server
 from ddpm_ray.serving.ray_serve.server_setup import ServerSetup
-from ddpm_ray.training.checkpoints import CheckpointStore
 
 PORT = 18_600
 CLIENTS = 3 * WIDTH  # so that requests always wait for the next batch
 LOAD = 0.8
-DDIM = ("model.num_classes=0", "sampling.sampler=ddim", "sampling.eta=0")
 PEERS = {"batch, largest steps": False, "batch, equal steps": True}
 
 
@@ -67,19 +63,6 @@ class Batched:
         fields = await request.json()
         arrival = Arrival(0.0, fields["n"], fields["steps"], fields["seed"])
         return {"data": [{"b64_json": file} for file in await self.images(arrival)]}
-
-
-def untrained_run(name: str, folder: Path) -> str:
-    """The folder of a run of conf/train/NAME.yaml that was saved at step 0."""
-    config = load_config(RunConfig, str(CONFIGS / f"{name}.yaml"), list(DDIM))
-    facts = {
-        "config": to_dict(config),
-        "image_shape": [*SHAPES[name]],
-        "data_fingerprint": "",
-    }
-    state = training_run.training_state(config, SHAPES[name], torch.device("cpu"), facts)
-    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
-    return str(folder)
 
 
 @contextlib.contextmanager
