@@ -201,7 +201,7 @@ class JobTable:
         if len(self._open) >= self.settings.max_jobs or size > self.settings.max_uploads:
             jobs = counted(len(self._open), "job")
             reason = f"{jobs} with {self._uploads / 2**20:.1f} MB of uploads are open"
-            raise overloaded(OverloadedError(reason, OPEN_S))
+            raise overloaded(OverloadedError(reason, OPEN_S, is_full=True))
 
     def _end(self, entry: JobEntry, event: Finished | Failed) -> None:
         """The last event of a job; its task ends, and with it the work of a replica."""

@@ -9,14 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 Clock = Callable[[], float]
+# An engine with more accepted work than that is full: it has work while no job is sent to it
+# (recent_refusal.py).
+FULL, FULL_S = 0.75, 2.0  # of the limit, and seconds
 
 
 class OverloadedError(Exception):
-    """There is too much work, or too many requests of a client; args are (reason, seconds)."""
+    """There is too much work, or too many requests of a client; args are (reason, seconds).
 
-    def __init__(self, reason: str, seconds: float) -> None:
+    `is_full`: there is little room for any job, not only none for this one.
+    """
+
+    def __init__(self, reason: str, seconds: float, is_full: bool = False) -> None:
         super().__init__(reason, seconds)
-        self.reason, self.seconds = reason, seconds
+        self.reason, self.seconds, self.is_full = reason, seconds, is_full
 
     @property
     def retry_after_s(self) -> int:
@@ -48,6 +54,7 @@ class QueueLimit:
                 f"work for {left / rate:.1f} s is accepted, this takes {rows / rate:.1f} s, and "
                 f"their sum has to be at most {self.max_s:g} s",
                 min(beyond_s, left / rate),
+                is_full=left / rate > max(FULL * self.max_s, FULL_S),
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ddpm_ray.serving.limits import OverloadedError
 
 CANCELLED = "job_cancelled"  # code of the error of a cancelled job
+OVERLOADED = "overloaded"  # code where the whole server has no room, whatever is asked for
 
 
 class RequestError(ValueError):
@@ -51,7 +52,9 @@ def _restored(
 
 def overloaded(error: OverloadedError) -> RequestError:
     """The error 429 of what is refused for now."""
-    return RequestError(str(error), status=429, headers={"Retry-After": str(error.retry_after_s)})
+    headers = {"Retry-After": str(error.retry_after_s)}
+    code = OVERLOADED if error.is_full else None
+    return RequestError(str(error), status=429, code=code, headers=headers)
 
 
 def unknown_model(name: str, known: Iterable[str]) -> RequestError:

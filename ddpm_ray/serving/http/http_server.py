@@ -76,8 +76,7 @@ class HttpServer:
             problem = error if isinstance(error, RequestError) else table_lost()
             yield sse("error", problem.body())
         finally:
-            if not followed.is_kept:
-                await followed.leave()
+            await followed.leave()
 
 
 def order_of(kind: Kind, body: Body, seed_text: str = "", *, is_job: bool = False) -> ImageOrder:

@@ -19,6 +19,7 @@ from ddpm_ray.serving.job_entry import (
     Wait,
 )
 from ddpm_ray.serving.orders import Event, Failed, Finished, ImageOrder, ReplicaLostError
+from ddpm_ray.serving.recent_refusal import RecentRefusal
 from ddpm_ray.serving.request_errors import RequestError
 
 T = TypeVar("T")
@@ -27,18 +28,24 @@ T = TypeVar("T")
 class RemoteJobs:
     """The job table of another process, as `Jobs`.
 
-    That process returns RequestErrors, which are raised here: an error that Ray raises is of
-    another class, and has a traceback as its text.
+    Where there was no room a moment ago, no new job is sent. The process returns RequestErrors,
+    which are raised here: an error that Ray raises is of another class, and has a traceback as its
+    text.
     """
 
     def __init__(self, table: DeploymentHandle) -> None:
-        self._table = table
+        self._table, self._refusal = table, RecentRefusal()
 
     async def submit(
         self, key: JobKey, order: ImageOrder, is_kept: bool, source: str = "", wait: Wait = NO_WAIT
     ) -> Submitted:
         """See JobTable."""
+        if not (is_kept or source):  # else the table may have it already
+            self._refusal.require_room()
         found: Submitted = await self._ask("submit", key, order, is_kept, source, wait)
+        for event in found.report.events:
+            if isinstance(event, Failed):
+                self._refusal.note(event.error)
         return found
 
     async def report(
@@ -85,20 +92,30 @@ class RemoteJobs:
         except (RayError, RayServeException) as error:
             raise TableLostError(_first_line(error)) from error
         if isinstance(found, RequestError):
+            self._refusal.note(found)
             raise found
         return found
 
 
 class RemoteDraw:
-    """Runs orders in the processes of a deployment, as `Draw`."""
+    """Runs orders in the processes of a deployment, as `Draw`.
+
+    Where there was no room a moment ago, no new order is sent.
+    """
 
     def __init__(self, engines: DeploymentHandle) -> None:
-        self._engines = engines.options(stream=True)
+        self._engines, self._refusal = engines.options(stream=True), RecentRefusal()
 
     async def __call__(
         self, order: ImageOrder, source: str, affordable: float, table: str
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of an order; raises ReplicaLostError."""
+        try:
+            if not source:  # else it was accepted before
+                self._refusal.require_room()
+        except RequestError as error:
+            yield Failed(error)
+            return
         events = self._engines.draw.remote(order, source, affordable, table)
         ended = False
         try:
@@ -106,6 +123,8 @@ class RemoteDraw:
                 if isinstance(event, ReplicaLostError):
                     raise event
                 ended = isinstance(event, Finished | Failed)
+                if isinstance(event, Failed):
+                    self._refusal.note(event.error)
                 yield event
         except RayTaskError:
             raise
