@@ -19,6 +19,7 @@ from benchmarks.serving_load.table import Row, percentile
 from benchmarks.serving_load.traffic import Arrival, backlog, poisson_trace
 
 PORT = 18_601
+START_S = 300.0
 QUEUED_S = 5.0  # of accepted work: the server refuses more
 FULL, OVER = 1.2, 10.0  # offered requests, by the saturation
 CLIENTS = WIDTH  # with which the saturation is measured
@@ -34,8 +35,11 @@ class Server:
     def megabytes(self) -> float:
         """Resident memory of all processes of its deployments."""
         mine = self._process.children(recursive=True)
-        ours = [one for one in mine if "ServeReplica" in " ".join(one.cmdline())]
-        return float(sum(one.memory_info().rss for one in ours)) / 1e6
+        found = 0
+        for one in mine:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += one.memory_info().rss if "ServeReplica" in " ".join(one.cmdline()) else 0
+        return found / 1e6
 
 
 @contextlib.contextmanager
@@ -52,13 +56,17 @@ def started(name: str) -> Iterator[Server]:
             cwd=Path(__file__).parents[2],
         )
         assert process.stderr is not None
+        limit = threading.Timer(START_S, process.kill)
+        limit.start()
         try:
             if not any("is ready, for" in line for line in process.stderr):
                 raise RuntimeError("the server did not start")
+            limit.cancel()
             reader = threading.Thread(target=process.stderr.read, daemon=True)
             reader.start()
             yield Server(f"http://127.0.0.1:{PORT}/", psutil.Process(process.pid))
         finally:
+            limit.cancel()
             process.terminate()
             process.wait(60)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ddpm_ray.diffusion.conditioning import Conditioning, Network
 from ddpm_ray.serving.engine_settings import EngineSettings
 from ddpm_ray.serving.engine_task import EngineJob, JobCancelledError, Task
-from ddpm_ray.serving.job_turns import JobTurns, Message, Output
+from ddpm_ray.serving.job_turns import JobTurns, Output
 from ddpm_ray.serving.shared_calls import (
     Model,
     NetworkCall,
@@ -52,12 +52,12 @@ class Engine:
         self._here = threading.local()  # .task: that of the current thread
         self._turns = JobTurns()
         self._calls: dict[Task, NetworkCall] = {}  # that wait; of the engine's thread alone
+        self._call_s = 0.0  # the time of the last network call; of that thread as well
         self._lock = threading.Lock()  # of what follows
         self._queue: list[Task] = []
         self._running: set[Task] = set()
         self._closed = ""  # why; empty: it is open
         self._rows, self._seconds = 0.0, 0.0  # of recent batches
-        self._call_s = 0.0  # the time of the last network call
         self._moved_s = 0.0  # when a job or a network call last began or ended
         self._fault = ""  # why no network call succeeds any longer
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -103,7 +103,7 @@ class Engine:
             task.stopped_by = why
             if queued := task in self._queue:
                 self._queue.remove(task)
-        self._turns.send(Message())
+        self._turns.wake()
         if queued:
             task.end(JobCancelledError(f"{why} before it began"))
             self._start_tasks()  # it may have been the one that there was no room for
@@ -161,7 +161,7 @@ class Engine:
             queued, self._queue = self._queue, []
             for task in self._running:
                 task.stopped_by = task.stopped_by or why
-        self._turns.send(Message())
+        self._turns.wake()
         return queued
 
     def _answer(self, network: Network, x_t: Tensor, t: Tensor, inputs: Conditioning) -> Tensor:
@@ -174,7 +174,7 @@ class Engine:
             return network(x_t, t, inputs)
         # A job's first call goes before all others, and so its first preview comes at once.
         deadline_s = task.deadline_s if task.computed else -math.inf
-        self._turns.send(Message(task, NetworkCall(network, x_t, t, inputs, deadline_s)))
+        self._turns.send(task, NetworkCall(network, x_t, t, inputs, deadline_s))
         task.go_on.acquire()
         output, task.output = task.output, None
         try:
@@ -188,14 +188,14 @@ class Engine:
     def _start_tasks(self) -> None:
         """Start the jobs that there is room for."""
         while (task := self._next_task()) is not None:
-            self._turns.send(Message(task, begins=True))
+            self._turns.begin(task)
             try:
                 threading.Thread(target=self._work, args=(task,), name="job", daemon=True).start()
             except RuntimeError as error:  # the system has no more threads
                 with self._lock:
                     self._running.discard(task)
                 task.end(error)
-                self._turns.send(Message(task))
+                self._turns.send(task)
 
     def _next_task(self) -> Task | None:
         """Take the next job out of the queue; None if there is none, or no room for it."""
@@ -221,7 +221,7 @@ class Engine:
                 self._running.discard(task)
                 self._moved_s = time.monotonic()
             self._start_tasks()
-            self._turns.send(Message(task))
+            self._turns.send(task)
 
     def _run(self) -> None:
         """Compute batches until the engine is closed and its jobs have ended."""
@@ -258,8 +258,9 @@ class Engine:
                 call.parts.append(output)
                 if call.left:
                     continue
+                output = call.output()
             del self._calls[task]
-            complete.append((task, call.output() if isinstance(output, Tensor) else output))
+            complete.append((task, output))
         self._turns.hand_out(complete)
 
     def _end_stopped(self) -> None:

@@ -1,6 +1,6 @@
 """Requests for images: the fields of OpenAI's image API, and those of this server by name.
 
-A field that is not known, or has no effect on the images, is refused, never ignored: an image that
+A field that is not known, or that other fields make void, is refused, never ignored: an image that
 is drawn without a setting that the client believes in is a wrong answer. Settings of the samplers
 (EXTENSIONS) are checked by the model.
 """

@@ -71,6 +71,7 @@ class JobEntry:
     previews: set[int] = field(default_factory=set)  # numbers of those that were made
     progress: JobProgress = NOT_BEGUN
     losses: int = 0
+    is_delivered: bool = False  # whether one that waited for its end has it
     paid: float = 0.0  # by its client, in megapixels of network calls
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None

@@ -67,7 +67,7 @@ def chosen_settings(
     except (TypeError, ValueError) as error:
         raise of_error(error, given) from error
     void = without_effect(configured.settings)
-    for name in void.keys() & given.keys():
+    for name in (name for name in void if given.get(name)):
         raise RequestError(
             f"{name} is {given[name]}, and has no effect with {void[name]}: leave one of them out",
             name,

@@ -127,6 +127,7 @@ class JobTable:
                     while until_end and entry.ended_s is None:
                         await entry.changed.wait()
             entry.seen_s = self._clock()
+        entry.is_delivered |= until_end and entry.ended_s is not None
         return entry.report(first)
 
     async def cancel(self, key: JobKey) -> JobState:
@@ -201,7 +202,7 @@ class JobTable:
         if len(self._open) >= self.settings.max_jobs or size > self.settings.max_uploads:
             jobs = counted(len(self._open), "job")
             reason = f"{jobs} with {self._uploads / 2**20:.1f} MB of uploads are open"
-            raise overloaded(OverloadedError(reason, OPEN_S, is_full=True))
+            raise overloaded(OverloadedError(reason, OPEN_S))
 
     def _end(self, entry: JobEntry, event: Finished | Failed) -> None:
         """The last event of a job; its task ends, and with it the work of a replica."""

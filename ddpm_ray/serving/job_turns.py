@@ -17,11 +17,12 @@ Output: TypeAlias = Tensor | BaseException
 
 
 class Message(NamedTuple):
-    """A job begins, calls the network, or (with neither) has ended; without a job: wake up."""
+    """A job begins, calls the network, or (with neither) has ended."""
 
-    task: Task | None = None
-    call: NetworkCall | None = None
-    begins: bool = False
+    task: Task
+    call: NetworkCall | None
+    begins: bool
+    sent_s: float  # on the monotonic clock
 
 
 class JobTurns:
@@ -39,11 +40,19 @@ class JobTurns:
         self._next: deque[tuple[Task, Output]] = deque()  # that go on one after the other
         self._awaited: dict[Task, float] = {}  # until when; of the engine's thread alone
 
-    def send(self, message: Message) -> None:
-        """Put a message into the inbox of the engine, and let the next job go on, if any."""
-        self._inbox.append(message)
-        if not message.begins:  # its first call follows
-            self._go_on()
+    def begin(self, task: Task) -> None:
+        """Note that a job begins; its first call follows."""
+        self._inbox.append(Message(task, None, True, time.monotonic()))
+
+    def send(self, task: Task, call: NetworkCall | None = None) -> None:
+        """Note a job's call, or its end, and let the next job go on; the last wakes the engine."""
+        self._inbox.append(Message(task, call, False, time.monotonic()))
+        self._go_on()
+
+    def wake(self) -> None:
+        """End the wait of the engine; one that is not read yet is enough."""
+        if self._wakes.empty():
+            self._wakes.put(None)
 
     def hand_out(self, outputs: Iterable[tuple[Task, Output]]) -> None:
         """Let jobs go on with the outputs of their calls; slow ones at once, others in turn."""
@@ -59,40 +68,39 @@ class JobTurns:
     def collect(self, idle: bool, call_s: float) -> dict[Task, NetworkCall]:
         """The calls that have come, once all jobs have called that go on or begin.
 
-        It waits for each at most LINGER_S, and for one that begins at most `call_s` as well, the
-        time of a network call: others lose one step by it. If `idle`, it waits for a message too.
+        It waits at most LINGER_S, and for jobs that begin at most `call_s`, the time of a network
+        call: a longer wait costs the others more than the new job gains. If `idle`, it first waits
+        for a message.
         """
-        begin_s = min(LINGER_S, call_s)
-        calls = self._read(begin_s)
+        calls = self._read(begin_until_s := time.monotonic() + min(LINGER_S, call_s))
         if idle and not calls and not self._awaited:
             self._wakes.get()
-            calls |= self._read(begin_s)
+            calls |= self._read(begin_until_s := time.monotonic() + min(LINGER_S, call_s))
         while self._awaited:
             try:
                 self._wakes.get(timeout=max(0.0, max(self._awaited.values()) - time.monotonic()))
             except queue.Empty:
                 break
-            calls |= self._read(begin_s)
+            calls |= self._read(begin_until_s)
+        calls |= self._read(begin_until_s)  # of jobs before a slow one, which woke nobody
         self._awaited.clear()
         while self._next:  # that wait for a slow one
             self._go_on()
         return calls
 
-    def _read(self, begin_s: float) -> dict[Task, NetworkCall]:
-        """Take all messages; return their calls."""
+    def _read(self, begin_until_s: float) -> dict[Task, NetworkCall]:
+        """Take all messages; return their calls. Jobs that begin are awaited until that time."""
         calls = {}
         while self._inbox:
-            task, call, begins = self._inbox.popleft()
-            if task is None:
-                continue
+            task, call, begins, sent_s = self._inbox.popleft()
             if begins:
-                self._awaited[task] = time.monotonic() + begin_s
+                self._awaited[task] = begin_until_s
                 continue
             self._awaited.pop(task, None)
             if call is not None:
                 calls[task] = call
                 if task.resumed_s:
-                    task.is_slow = time.monotonic() - task.resumed_s > LINGER_S
+                    task.is_slow = sent_s - task.resumed_s > LINGER_S
         return calls
 
     def _go_on(self) -> None:
@@ -100,6 +108,6 @@ class JobTurns:
         try:
             task, output = self._next.popleft()
         except IndexError:
-            self._wakes.put(None)
+            self.wake()
         else:
             task.resume(output)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 Clock = Callable[[], float]
-# An engine with more accepted work than that is full: it has work while no job is sent to it
-# (recent_refusal.py).
-FULL, FULL_S = 0.75, 2.0  # of the limit, and seconds
+# An engine is full for any job if less than ROOM_S of its limit is free, and it has work for
+# BUSY_S: no job is sent to it then for 1 s (recent_refusal.py), and it must not run dry.
+ROOM_S, BUSY_S = 1.0, 2.0
 
 
 class OverloadedError(Exception):
@@ -54,7 +54,7 @@ class QueueLimit:
                 f"work for {left / rate:.1f} s is accepted, this takes {rows / rate:.1f} s, and "
                 f"their sum has to be at most {self.max_s:g} s",
                 min(beyond_s, left / rate),
-                is_full=left / rate > max(FULL * self.max_s, FULL_S),
+                is_full=left / rate > max(self.max_s - ROOM_S, BUSY_S),
             )
 
 

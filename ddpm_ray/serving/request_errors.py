@@ -8,7 +8,7 @@ from typing import Any
 from ddpm_ray.serving.limits import OverloadedError
 
 CANCELLED = "job_cancelled"  # code of the error of a cancelled job
-OVERLOADED = "overloaded"  # code where the whole server has no room, whatever is asked for
+OVERLOADED = "overloaded"  # code where a model has no room for any job
 
 
 class RequestError(ValueError):

@@ -83,9 +83,12 @@ class NetworkCall:
         """Rows that are not."""
         return len(self.x_t) - self.computed
 
-    def output(self) -> Tensor:
-        """The whole output, once no row is left."""
-        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+    def output(self) -> Tensor | BaseException:
+        """The whole output, once no row is left; or the error, as where memory runs out."""
+        try:
+            return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        except BaseException as error:  # noqa: BLE001 - the job raises it
+            return error
 
     def kind(self) -> Hashable:
         """A key that is equal for calls that one batch can hold."""

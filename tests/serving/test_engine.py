@@ -363,6 +363,26 @@ def test_a_fault_of_the_engine_leaves_no_job_waiting(
     engine.close()
 
 
+def test_memory_that_runs_out_between_batches_ends_that_job_alone(
+    model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts of a call that is wider than a batch are put together in the engine."""
+    with Engine(EngineSettings(width=4)) as engine:
+        real, wide = torch.cat, 6
+
+        def cat(*parts: Any, **how: Any) -> Tensor:
+            found = real(*parts, **how)
+            if threading.current_thread().name == "engine" and len(found) == wide:
+                raise torch.OutOfMemoryError("no memory is left")
+            return found
+
+        monkeypatch.setattr(torch, "cat", cat)
+        jobs = [submitted(engine, model, lambda m, n=n: m.sample(n, steps=2)) for n in (1, wide, 2)]  # type: ignore[misc]
+        with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+            jobs[1].result(ENDS_S)
+        assert [len(job.result(ENDS_S)) for job in (jobs[0], jobs[2])] == [1, 2]
+
+
 def test_a_slow_job_is_waited_for_once(model: TrainedModel) -> None:
     """One that decodes images at each step must not hold up the steps of all others."""
     with Engine() as engine:

@@ -128,6 +128,19 @@ def test_the_facts_of_an_image_are_a_request_for_it(sampler: str, service: Image
     assert np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("known", [KNOWN, None])
+def test_the_facts_of_an_edit_are_a_request_for_it(
+    known: np.ndarray | None, service: ImageService
+) -> None:
+    image = png(PIXELS, known)
+    job = drawn(service, EditRequest(), image, steps=4, seed=5)
+    own = {k: v for k, v in job.facts.items() if k in ("method", "resamples", "strength")}
+    settings = {k: v for k, v in job.facts.items() if k in EXTENSIONS}
+    again = drawn(service, EditRequest(**own), image, **settings)
+    first, second = (opened(one.files("png", ENDS_S)[0]) for one in (job, again))
+    assert np.array_equal(first, second)
+
+
 def test_an_edit_without_a_mask_varies_the_image(
     service: ImageService,
     model: TrainedModel,
@@ -190,6 +203,7 @@ WRONG: list[tuple[ImageRequest, dict[str, Any], str, int]] = [
     # without effect
     (ImageRequest(), {"sampler": "unipc", "eta": 0.5}, "eta", 400),
     (ImageRequest(), {"guidance_rescale": 0.5}, "guidance_rescale", 400),
+    (ImageRequest(), {"sampler": "unipc", "eta": 0.0, "steps": 15}, "steps", 400),  # eta is right
     (EditRequest(resamples=3), {}, "resamples", 400),
     (EditRequest(method="repaint"), {}, "method", 400),
 ]

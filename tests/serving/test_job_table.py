@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ddpm_ray.serving.image_requests import ImageRequest
 from ddpm_ray.serving.job_entry import JobKey, JobReport, Wait
 from ddpm_ray.serving.job_table import JobTable
+from ddpm_ray.serving.kept_jobs import RESENT_S
 from ddpm_ray.serving.limits import TokenBucket
 from ddpm_ray.serving.orders import (
     Accepted,
@@ -212,7 +213,9 @@ def test_a_job_that_nobody_can_come_back_to_is_forgotten_after_its_answer() -> N
         for key in (KEY, kept):
             submitted = await table.submit(key, order(), key is kept, "", Wait(ENDS_S, True))
             assert submitted.report.state == "succeeded"  # with one message
-        clock.now_s = table.settings.lease_s + 1
+        table.sweep()
+        assert (await table.report(KEY, 0, 0.0)).state == "succeeded"  # asked again: it was lost
+        clock.now_s = RESENT_S + 1
         table.sweep()
         with pytest.raises(RequestError, match="there is no job job"):
             await table.report(KEY, 0, 0.0)

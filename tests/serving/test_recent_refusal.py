@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.serving import recent_refusal
 from ddpm_ray.serving.image_requests import ImageRequest
 from ddpm_ray.serving.job_entry import JobReport, Submitted
-from ddpm_ray.serving.limits import OverloadedError, QueueLimit
+from ddpm_ray.serving.limits import BUSY_S, OverloadedError, QueueLimit
 from ddpm_ray.serving.orders import Event, Failed, Finished, ImageOrder, JobProgress
 from ddpm_ray.serving.ray_serve.handles import RemoteDraw, RemoteJobs
 from ddpm_ray.serving.recent_refusal import HOLD_S, RecentRefusal
@@ -110,7 +109,7 @@ def test_processes_that_draw_are_asked_again_after_a_moment(clock: Clock) -> Non
         for _ in range(3):
             event = await last()
             assert isinstance(event, Failed)
-            assert event.error.message == FULL.message
+            assert event.error.headers == {"Retry-After": "3"}
         assert handle.calls == 1
         await last("model/3")  # a job that was accepted before, by a process that was lost
         assert handle.calls == 2
@@ -134,7 +133,7 @@ def test_a_stream_that_is_left_is_cancelled(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    "left, is_full", [(5900, True), (4600, True), (4400, False)], ids=["98 %", "77 %", "73 %"]
+    "left, is_full", [(5950, True), (5850, False), (4400, False)], ids=["0.5 s", "1.5 s", "16 s"]
 )
 def test_a_server_is_full_where_little_room_is_left_for_any_job(left: int, is_full: bool) -> None:
     """A job that is too large for the room that there is holds up no smaller one."""
@@ -149,17 +148,18 @@ def test_a_short_queue_is_never_full() -> None:
     with pytest.raises(OverloadedError, match="at most 1 s") as refused:
         limit.require_room(10)
     assert not refused.value.is_full
-    assert recent_refusal.HOLD_S < 2.0
+    assert HOLD_S < BUSY_S
 
 
-def test_a_refusal_is_a_new_error_each_time(clock: Clock) -> None:
-    """One that is raised again would hold the frames of all who raised it."""
+def test_a_refusal_concerns_its_model_and_is_not_held_again(clock: Clock) -> None:
+    """Each model has an engine of its own. A held refusal must not hold others any longer."""
     refusal = RecentRefusal(clock)
-    refusal.note(FULL)
-    raised = []
-    for _ in range(2):
-        with pytest.raises(RequestError, match="work for 60 s") as found:
-            refusal.require_room()
-        raised.append(found.value)
-        assert (found.value.status, found.value.headers) == (429, {"Retry-After": "3"})
-    assert raised[0] is not raised[1]
+    refusal.note("digits", FULL)
+    with pytest.raises(RequestError, match="no room for a job a moment ago: try") as found:
+        refusal.require_room("digits")
+    assert (found.value.status, found.value.headers) == (429, {"Retry-After": "3"})
+    refusal.require_room("faces")
+    clock.now_s += HOLD_S / 2
+    refusal.note("digits", found.value)  # as another process does that asked the first one
+    clock.now_s += HOLD_S / 2
+    refusal.require_room("digits")

@@ -118,7 +118,8 @@ async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
         f"the body is longer than {max_bytes / 2**20:g} MB, the limit of this server", status=413
     )
     announced, size = announced_bytes(request), 0
-    if announced > DROPPED * max_bytes:
+    waits = "expect" in request.headers  # for our consent, before it sends the body
+    if announced > (max_bytes if waits else DROPPED * max_bytes):
         raise problem
     try:
         async for part in request.stream():

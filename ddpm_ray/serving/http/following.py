@@ -100,7 +100,7 @@ class Followed:
     source: str = ""  # of the weights, once it was accepted
     table: str = ""  # identity of the table that has it
     _first: JobReport | None = None  # came with the submission, and was not read yet
-    _is_open: bool = False  # whether the job may be there, and has not ended
+    _is_there: bool = False  # whether the table may hold it for this request
 
     async def submit(self) -> None:
         """Begin the job, or find it; wait a while for its first event. Raises RequestError.
@@ -109,11 +109,11 @@ class Followed:
         """
         assert self.order is not None
         how = self.order, self.is_kept, self.source, Wait(POLL_S, self.until_end)
-        self._is_open = True  # perhaps, from the moment that the message is sent
+        self._is_there = True  # the table may have it as soon as the message is sent
         try:
             self.table, self._first = await patiently(lambda: self.jobs.submit(self.key, *how))
         except RequestError:
-            self._is_open = False
+            self._is_there = False
             raise
         self.next, self.report = 0, None
 
@@ -162,7 +162,8 @@ class Followed:
                 raise RequestError(problem, status=410) from error
             return await self._again()  # the table was started again meanwhile
         self.report, self.secret = report, report.secret
-        self._is_open = report.state in OPEN
+        if self.until_end and report.state not in OPEN:
+            self._is_there = False  # the table forgets it by itself
         self.next += len(report.events)
         return report.events
 
@@ -183,8 +184,8 @@ class Followed:
         self.next = 0  # the stream of the answer begins with the first event
 
     async def leave(self) -> None:
-        """The request no longer follows it: a job that is not kept, and is open, ends."""
-        if self.is_kept or not self._is_open:
+        """The request no longer follows it: a job that is not kept ends, and is forgotten."""
+        if self.is_kept or not self._is_there:
             return
         # In a context of its own: Ray Serve cancels all calls of a cancelled request, and finds
         # them by a context variable.

@@ -37,7 +37,7 @@ def job_routes(server: HttpServer) -> APIRouter:
             raise RequestError(f"kind is {shown(kind)}; choose from {', '.join(REQUESTS)}", "kind")
         order = order_of(kind, body, f"{client}/{job_id}", is_job=True)
         followed = Followed(server.jobs, (client, job_id), order, is_kept=True)
-        await unless_left(request, followed.submit())  # it waits for the first event
+        await followed.submit()  # it waits for the first event
         answer = Answer(kind, order.request, "", str(request.base_url), is_job=True)
         await followed.first(0.0)
         if order.request.stream:

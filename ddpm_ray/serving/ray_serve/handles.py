@@ -41,11 +41,11 @@ class RemoteJobs:
     ) -> Submitted:
         """See JobTable."""
         if not (is_kept or source):  # else the table may have it already
-            self._refusal.require_room()
+            self._refusal.require_room(order.request.model)
         found: Submitted = await self._ask("submit", key, order, is_kept, source, wait)
         for event in found.report.events:
             if isinstance(event, Failed):
-                self._refusal.note(event.error)
+                self._refusal.note(order.request.model, event.error)
         return found
 
     async def report(
@@ -92,7 +92,6 @@ class RemoteJobs:
         except (RayError, RayServeException) as error:
             raise TableLostError(_first_line(error)) from error
         if isinstance(found, RequestError):
-            self._refusal.note(found)
             raise found
         return found
 
@@ -112,7 +111,7 @@ class RemoteDraw:
         """Yield the events of an order; raises ReplicaLostError."""
         try:
             if not source:  # else it was accepted before
-                self._refusal.require_room()
+                self._refusal.require_room(order.request.model)
         except RequestError as error:
             yield Failed(error)
             return
@@ -124,7 +123,7 @@ class RemoteDraw:
                     raise event
                 ended = isinstance(event, Finished | Failed)
                 if isinstance(event, Failed):
-                    self._refusal.note(event.error)
+                    self._refusal.note(order.request.model, event.error)
                 yield event
         except RayTaskError:
             raise

@@ -29,22 +29,23 @@ export class Mask {
 
   /** Begin a stroke: what is painted up to the next one is undone together. */
   begin() {
-    this.#strokes = this.#strokes.filter((stroke) => stroke.length > 0);
-    const changed = () => this.#strokes.reduce((sum, stroke) => sum + stroke.length, 0);
-    while (changed() > MOST_UNDONE) this.#strokes.shift();
-    this.#strokes.push([]);
+    this.#keep([]);
   }
 
   /** Take the last stroke back. */
   undo() {
     this.#strokes = this.#strokes.filter((stroke) => stroke.length > 0);
-    for (const at of this.#strokes.pop() ?? []) this.#mark(at, 1 - this.pixels[at]);
+    for (const at of this.#strokes.pop() ?? []) this.pixels[at] = 1 - this.pixels[at];
+    this.#overlay = null; // one drawing, however many pixels
   }
 
   /** Mark no pixel. */
   clear() {
-    this.begin();
-    this.pixels.forEach((value, at) => { if (value) this.#change(at, 0); });
+    const marked = [];
+    this.pixels.forEach((value, at) => { if (value) marked.push(at); });
+    this.#keep(marked);
+    this.pixels.fill(0);
+    this.#overlay = null;
   }
 
   /** Set pixels to `value` along a line that is `width` pixels wide. */
@@ -95,6 +96,13 @@ export class Mask {
     context.fillRect(0, 0, width, height);
     context.globalCompositeOperation = "source-over"; // #mark goes on in this colour
     return made;
+  }
+
+  /** Add a stroke to those that can be undone; the oldest go where they are too many pixels. */
+  #keep(stroke) {
+    this.#strokes = [...this.#strokes.filter((one) => one.length > 0), stroke];
+    const changed = () => this.#strokes.reduce((sum, one) => sum + one.length, 0);
+    while (changed() > MOST_UNDONE) this.#strokes.shift();
   }
 
   /** Set a pixel as part of the last stroke. */

@@ -33,6 +33,7 @@ const isUndo = ({ key, ctrlKey, metaKey, shiftKey }) =>
 
 /** Take the last stroke back; return true. */
 function undo() {
+  if (editor.isPainting) return true; // the stroke has not ended
   editor.picture.mask.undo();
   editor.show();
   return true;

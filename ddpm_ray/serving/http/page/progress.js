@@ -42,7 +42,8 @@ export function showProgress({ place, share, seconds_left: left, lost_processes:
     return;
   }
   const waiting = place > 1 ? `Place ${place} in the queue` : "Next in the queue";
-  const text = lost > 0 ? `Its process was lost. It begins again: ${waiting.toLowerCase()}` : waiting;
+  const again = `Its process was lost. It begins again: ${waiting.toLowerCase()}`;
+  const text = lost > 0 ? again : waiting;
   showState(text + time);
   if (find("#live").textContent !== text) announce(text); // a place is said once
 }
