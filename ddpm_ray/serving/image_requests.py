@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+from ddpm_ray.config.jobs.edit import EditConfig, InpaintingMethod
 from ddpm_ray.config.option_fields import arguments, option, out_of_range, shown
 from ddpm_ray.config.reading.nearest import did_you_mean
 from ddpm_ray.serving.request_errors import RequestError
@@ -22,7 +23,7 @@ MOST_SIDE = 4096  # pixels
 MOST_NAME = 256  # characters of other texts
 MOST_LABELS = 10  # as many as images
 MOST_GUIDANCE = 1000.0
-STRENGTH, RESAMPLES = 0.75, 10  # of an edit that gives none
+STRENGTH, RESAMPLES = 0.75, EditConfig.resamples  # of an edit that gives none
 EXTENSIONS = (  # of SamplingSettings
     "seed",
     "steps",
@@ -81,7 +82,7 @@ class EditRequest(ImageRequest):
         above=0,
         at_most=1,
     )
-    method: Literal["auto", "conditioned", "repaint", "replacement"] = option(
+    method: InpaintingMethod = option(
         "auto", "how marked pixels are repainted; auto: as the model was trained"
     )
     resamples: int | None = option(

@@ -13,7 +13,8 @@ class KeptJobs:
     """Jobs that have ended, the oldest first; bounded by time and by size.
 
     Failed jobs stay for `least_s`. No job is forgotten before that, whatever its size: its client
-    reads it now. One that nobody can come back to goes RESENT_S after it was delivered.
+    reads it now. One that nobody can come back to, and was delivered, is forgotten RESENT_S after
+    its end.
     """
 
     def __init__(

@@ -29,8 +29,7 @@ from ddpm_ray.serving.request_errors import RequestError, server_error
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.5  # between two reports of the progress of a job
-# All jobs together report so often: on Ray a report costs two processes 4 ms of CPU, and 30 open
-# jobs took an eighth of a core by it.
+# All jobs together report at most so often: on Ray each report is a message between processes.
 REPORTS_PER_S = 10
 
 Inbox: TypeAlias = "asyncio.Queue[Event | ReplicaLostError]"
